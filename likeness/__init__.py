@@ -1,0 +1,1 @@
+"""Identity-preserving generation as plain torch: no host, no paths, no downloads."""

@@ -1,0 +1,160 @@
+"""Which published file is this? Signatures read a state dict's names and shapes, never the file's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import keymaps
+from .decoupled import KINDS, DecoupledAdapter
+from .resampler import Shapes
+from .spec import AdapterSpec, Feature
+
+BASES = {16: "SD1.5", 70: "SDXL"}  # by the number of cross-attentions
+
+FACE = Feature("arcface.buffalo_l", "raw", "face112")
+FACE_ANTELOPE = Feature("arcface.antelopev2", "raw", "face112")
+CLIP = {1024: "clip.vit-h-14", 1280: "clip.vit-bigg-14"}  # by the width of the projected embedding
+HIDDEN_NETWORK = "clip.vit-h-14"
+
+
+def _hidden(crop: str) -> tuple[Feature, ...]:
+    return (Feature(HIDDEN_NETWORK, "penultimate", crop),)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A kind of file: the names it must have, a condition on their shapes, how many tokens it makes of a face."""
+
+    kind: str
+    names: tuple[str, ...]
+    tokens: Callable[[Shapes], int]
+    where: Callable[[Shapes], bool] = lambda shapes: True
+
+
+def _rows_per_width(shapes: Shapes) -> int:
+    return shapes["projector.proj.2.weight"][0] // shapes["projector.norm.weight"][0]
+
+
+def _latents(shapes: Shapes) -> int:
+    return shapes["projector.latents"][1]
+
+
+_MLP = ("projector.proj.0.weight", "projector.proj.2.weight", "projector.norm.weight")
+_PERCEIVER = "projector.perceiver_resampler.proj_in.weight"
+_RESAMPLER = ("projector.latents", "projector.proj_in.weight", "projector.proj_out.weight")
+
+# Specific before broad: the first row that fits decides.
+SIGNATURES: tuple[Signature, ...] = (
+    Signature("kolors_faceid_plus", (*_MLP, _PERCEIVER), _rows_per_width, lambda s: s["projector.norm.weight"][0] == 4096),
+    Signature("faceid_plus", (*_MLP, _PERCEIVER), _rows_per_width),
+    Signature("full_face", ("projector.proj.0.weight", "projector.proj.2.weight", "projector.proj.3.weight"), lambda s: 257),
+    Signature("faceid", (*_MLP, "lora.0.q.down"), _rows_per_width),
+    Signature("portrait", _MLP, _rows_per_width),
+    Signature("instantid", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 512),
+    Signature("kolors_plus", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 1024),
+    Signature("plus", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 1280),
+    Signature(
+        "image", ("projector.proj.weight", "projector.norm.weight"),
+        lambda s: s["projector.proj.weight"][0] // s["projector.norm.weight"][0],
+    ),
+)  # fmt: skip
+
+# Kinds with the very same tensors. Without the user's word, the file's name may hint at which one it is.
+TWINS: dict[str, tuple[tuple[str, str], ...]] = {
+    "faceid_plus": (("faceid_plus_v2", r"plus.?v2|sdxl"),),
+    "plus": (("plus_face", r"plus.?face"),),
+    "instantid": (("portrait_unnorm", r"unnorm|portrait"),),
+}
+
+UNSUPPORTED = {
+    "kolors_plus": "Kolors, a base model that ComfyUI itself does not load",
+    "kolors_faceid_plus": "Kolors, a base model that ComfyUI itself does not load",
+}
+
+NEEDS: dict[str, Callable[[Shapes], tuple[Feature, ...]]] = {
+    "image": lambda s: (Feature(CLIP.get(s["projector.proj.weight"][1], "clip.unknown"), "projected", "photo"),),
+    "plus": lambda s: _hidden("photo"),
+    "plus_face": lambda s: _hidden("head"),
+    "full_face": lambda s: _hidden("head"),
+    "faceid": lambda s: (FACE,),
+    "faceid_plus": lambda s: (FACE, *_hidden("face224")),
+    "faceid_plus_v2": lambda s: (FACE, *_hidden("face224")),
+    "portrait": lambda s: (FACE,),
+    "portrait_unnorm": lambda s: (FACE,),
+    "instantid": lambda s: (FACE_ANTELOPE,),
+}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def kind_of(shapes: Shapes, file: str = "", variant: str = "auto") -> tuple[Signature, str, bool]:
+    """The signature that fits, the kind it stands for, and whether that was guessed among twins by the file's name.
+
+    `variant` is the user's word: `auto`, or a kind. Raises ValueError where the tensors fit no kind, or not that one.
+    """
+    file = file or "a file"
+    row = next((s for s in SIGNATURES if all(name in shapes for name in s.names) and s.where(shapes)), None)
+    if row is None:
+        titles = ", ".join(kind.title for kind in KINDS.values())
+        raise ValueError(f"got {file}, whose tensors fit no adapter this pack knows; expected one of {titles}")
+    if row.kind in UNSUPPORTED:
+        raise ValueError(f"got {file}, an adapter for {UNSUPPORTED[row.kind]}; expected one for SD1.5 or SDXL")
+    twins = TWINS.get(row.kind, ())
+    possible = (row.kind, *(kind for kind, _ in twins))
+    if variant == "auto":
+        guess = next((kind for kind, hint in twins if re.search(hint, file, re.IGNORECASE)), row.kind)
+        return row, guess, bool(twins)
+    if variant not in possible:
+        raise ValueError(
+            f"got variant {variant} for {file}; its tensors can be {' or '.join(possible)}; choose one of them or auto"
+        )
+    return row, variant, False
+
+
+def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "auto") -> tuple[AdapterSpec, bool]:
+    """Say what a renamed state dict (`keymaps.IP_ADAPTER`) is, and whether that was a guess. Raises ValueError."""
+    shapes = shapes_of(tensors)
+    row, kind, guessed = kind_of(shapes, file, variant)
+    numbers = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("layers.")})
+    if len(numbers) not in BASES or numbers != list(range(1, 2 * len(numbers), 2)):
+        raise ValueError(
+            f"got {file or 'a file'} with keys and values for {len(numbers)} cross-attentions; "
+            "expected 16 (SD1.5) or 70 (SDXL), numbered 1, 3, 5, ...: the file is cut short or for another base model"
+        )
+    keys = [shapes.get(f"layers.{n}.k.weight", ()) for n in numbers]
+    if any(len(shape) != 2 for shape in keys):
+        raise ValueError(f"got {file or 'a file'}, whose keys are not all matrices; expected [hidden, width] in each layer")
+    spec = AdapterSpec(
+        kind=kind,
+        base=BASES[len(numbers)],
+        tokens=row.tokens(shapes),
+        width=keys[0][1],
+        layers=tuple(shape[0] for shape in keys),
+        needs=NEEDS[kind](shapes),
+        lora_rank=shapes.get("lora.0.q.down", (0,))[0],
+    )
+    return spec, guessed
+
+
+def build(spec: AdapterSpec, tensors: Mapping[str, Tensor], operations: Any) -> DecoupledAdapter:
+    """The adapter's module with all of its tensors. Raises ValueError naming what is missing, left over or misshapen."""
+    weights = {key: value for key, value in tensors.items() if not key.startswith("lora.")}
+    shapes = shapes_of(keymaps.under(weights, "projector."))
+    try:
+        with torch.device("meta"):  # only structure: the tensors of the file become the weights, uncopied
+            projector = KINDS[spec.kind].projector(shapes, operations)
+            module = DecoupledAdapter(spec, projector, operations)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(
+            f"the projector's tensors are incomplete or misshapen ({error}); expected those of {KINDS[spec.kind].title}"
+        ) from error
+    keymaps.load(module, weights)
+    return module

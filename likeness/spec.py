@@ -1,0 +1,108 @@
+"""The nouns of the pack, as frozen data: features, faces, identities, adapters. No behaviour beyond reading them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
+CROPS = ("photo", "head", *FACE_SIZES)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
+
+    `network` is `arcface.<pack>`, `clip.<architecture>` or `omni_id`; `layer` is `raw`, `projected`, `penultimate`,
+    `last` or `tokens`; `crop` is one of `CROPS`: the whole photo, the head with a margin, or an aligned face.
+    """
+
+    network: str
+    layer: str
+    crop: str
+
+    def __str__(self) -> str:
+        return f"{self.network}.{self.layer}.{self.crop}"
+
+    def id(self, sha256: str) -> str:
+        """The encoder id under which an identity keeps this feature, given the hash of the encoder's file."""
+        return f"{self}-{sha256[:8]}"
+
+
+_ENCODER_ID = re.compile(r"(?P<network>[a-z0-9_.-]+)\.(?P<layer>[a-z0-9_]+)\.(?P<crop>[a-z0-9_]+)-(?P<hash8>[0-9a-f]{8})")
+
+
+def parse_encoder_id(text: str) -> tuple[Feature, str]:
+    """Split an encoder id into its feature and its eight hash digits. Raises ValueError on any other text."""
+    match = _ENCODER_ID.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not an encoder id; expected <network>.<layer>.<crop>-<8 hex digits>")
+    return Feature(match["network"], match["layer"], match["crop"]), match["hash8"]
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One detected face, in pixels of the photo (x to the right, y down).
+
+    `box` [4] is x0, y0, x1, y1; `kps` [5, 2] are left eye, right eye, nose, left and right mouth corner as the viewer
+    sees them; `score` is the detector's, 0 where no detector has looked.
+    """
+
+    box: Tensor
+    kps: Tensor
+    score: float
+
+    @property
+    def size(self) -> float:
+        """The longer side of the box in pixels."""
+        return float((self.box[2:] - self.box[:2]).max())
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """All that is known of one person. Immutable; row i of every tensor belongs to face i.
+
+    `box` [n, 4] and `kps` [n, 5, 2] are pixels of the crop; `score` [n]; `weight` [n], relative; `crop` uint8
+    [n, H, W, 3] RGB, the head with a margin, or None; `embeddings` maps encoder ids to raw [n, ...]; `zeros` maps them
+    to what the network gives for the zero picture, [1, ...]; `sources` says what each photo was; `hashes` maps encoder
+    ids to the sha256 of the encoder's file.
+    """
+
+    name: str
+    box: Tensor
+    kps: Tensor
+    score: Tensor
+    weight: Tensor
+    crop: Tensor | None = None
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.box.shape[0]
+
+    def find(self, feature: Feature) -> str | None:
+        """The encoder id under which this identity holds `feature`, or None."""
+        return next((key for key in self.embeddings if parse_encoder_id(key)[0] == feature), None)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter file is. `kind` names its row of `detect.SIGNATURES`.
+
+    `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
+    and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
+    `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA.
+    """
+
+    kind: str
+    base: str
+    tokens: int
+    width: int
+    layers: tuple[int, ...]
+    needs: tuple[Feature, ...]
+    lora_rank: int = 0

@@ -1,0 +1,217 @@
+"""Apply Identity (Decoupled), and the face tokens that InstantID's ControlNet reads instead of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...likeness import curves
+from ...likeness import decoupled as math
+from ...likeness.spec import AdapterSpec, Identity
+from .. import types
+from .patch import Bank, Call, Place, Window, attach, host_attention
+from .unet import Site, sites
+
+BATCHES = {"one identity": False, "unfold": True}
+LORA_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
+
+
+@dataclass(frozen=True, eq=False)
+class Decoupled:
+    """An adapter of the IP-Adapter family bound to an identity (patch.Injection).
+
+    `shares` says what each cross-attention gets of the strength; sites without a share are not in it.
+    """
+
+    adapter: types.LoadedAdapter
+    identity: Identity
+    shares: Mapping[Site, curves.Share]
+    strength: float
+    scaling: str
+    shortcut: float
+    unfold: bool
+    window: Window
+    bank: Bank = field(default_factory=Bank)
+
+    @property
+    def patchers(self) -> list[ModelPatcher]:
+        return [self.adapter.patcher]
+
+    @property
+    def places(self) -> list[Place]:
+        return [_place(site) for site in self.shares]
+
+    def prepare(self, call: Call) -> Mapping[Place, Any]:
+        return self.bank.get(call, lambda: self._lay_out(call))
+
+    def _lay_out(self, call: Call) -> Mapping[Place, Any]:
+        projected, bias = self.bank.get((call.dtype, call.device), lambda: self._project(call))
+        return {
+            place: (*(math.rows(cond, uncond, call.conditional, call.rows, self.unfold) for cond, uncond in pair), bias)
+            for place, pair in projected.items()
+        }
+
+    def _project(self, call: Call) -> tuple[Mapping[Place, Any], Tensor | None]:
+        """Keys and values of every site, for rows with and without the identity."""
+        module: math.DecoupledAdapter = self.adapter.patcher.model
+        made = math.tokens(module, self.adapter.spec, self.identity, call.device, self.shortcut, one_by_one=self.unfold)
+        scale = math.SCALINGS[self.scaling]
+        out: dict[Place, Any] = {}
+        for site, share in self.shares.items():
+            weight = self.strength * share.weight
+            cond, uncond = (scale(*module.project(site.number, t), weight, site.hidden) for t in (made.cond, made.uncond))
+            if share.away:
+                cond, uncond = tuple(t * 0 for t in cond), cond
+            out[_place(site)] = tuple((c.to(call.dtype), u.to(call.dtype)) for c, u in zip(cond, uncond, strict=True))
+        bias = None if self.unfold else math.key_bias(made, call.device)
+        return out, None if bias is None else bias.to(call.dtype)
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        k, v, bias = state
+        return host_attention(q, k, v, options, bias)
+
+
+def _place(site: Site) -> Place:
+    return "attn2", site.address
+
+
+def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
+    """The model's cross-attentions, if the adapter was made for such a model. Raises ValueError if not."""
+    found = sites(model.model.diffusion_model)
+    widths = tuple(site.hidden for site in found)
+    if widths != spec.layers or any(site.context != spec.width for site in found):
+        context = found[0].context if found else 0
+        raise ValueError(
+            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); the model has "
+            f"{len(found)} of text width {context}; load an adapter for this base model, or a {spec.base} checkpoint"
+        )
+    return found
+
+
+def shares(found: list[Site], base: str, layer_weights: str, custom: str) -> dict[Site, curves.Share]:
+    """What each site gets of the strength, those left out that get nothing."""
+    out = {
+        site: curves.share(layer_weights, custom, curves.Layer(site.transformer, site.transformers, site.block[0], base))
+        for site in found
+    }
+    return {site: share for site, share in out.items() if share.weight}
+
+
+def with_lora(model: ModelPatcher, adapter: types.LoadedAdapter, found: list[Site], strength: float) -> ModelPatcher:
+    """The model with the adapter's own LoRA, through the host's LoRA code."""
+    if not adapter.lora or not strength:
+        return model
+    lora: dict[str, Tensor] = {}
+    for key, matrix in adapter.lora.items():
+        number, part, side = key.split(".")
+        site = found[int(number) // 2]
+        attention = "attn2" if int(number) % 2 else "attn1"
+        lora[f"diffusion_model.{site.key}.{attention}.{LORA_PARTS[part]}.{LORA_SIDES[side]}"] = matrix
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+
+
+class ApplyDecoupled(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LikenessApplyDecoupled",
+            display_name="Apply Identity (Decoupled)",
+            category="likeness/apply",
+            description="Puts an identity into a model by a second cross-attention beside the text's: IP-Adapter, "
+            "FaceID, Portrait, InstantID. Strength 0 or an empty schedule gives the model as it was.",
+            search_aliases=["ipadapter", "faceid", "instantid", "apply"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.5 or SDXL model, with any LoRAs and patches it already has."),
+                types.Adapter.Input("adapter", tooltip="From Load Identity Adapter; made for this base model."),
+                types.Identity.Input("identity", tooltip="From Encode, Load, Merge or Mix Identity."),
+                io.Float.Input(
+                    "strength", default=0.8, min=-1.0, max=5.0, step=0.05,
+                    tooltip="How much of the identity's attention is added: 0 none, 1 as trained. 0.5 to 0.8 leaves room for the prompt.",
+                ),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Part of the sampling, 0 to 1, after which it sets in."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Part of the sampling, 0 to 1, at which it ends."),
+                io.Combo.Input("layer_weights", options=list(curves.LAYER_WEIGHTS), default="linear", tooltip="How the strength is spread over the layers."),
+                io.Combo.Input(
+                    "scaling", options=list(math.SCALINGS), default="V only",
+                    tooltip="Where the strength enters: on the values (as published), or on keys and values; with C penalty, narrow layers get less.",
+                ),
+                io.String.Input(
+                    "custom_layers", default="", optional=True, advanced=True,
+                    tooltip='Weight by layer, "3:1.2, 6:0": layers 0 to 15 (SD1.5) or 0 to 10 (SDXL) in running order; those not named get 0. Empty: layer_weights.',
+                ),
+                io.Float.Input(
+                    "v2_weight", default=1.0, min=-1.0, max=5.0, step=0.05, optional=True, advanced=True,
+                    tooltip="FaceID-PlusV2 only: share of the CLIP features beside the face vector; 1 as published.",
+                ),
+                io.Float.Input(
+                    "lora_strength", default=1.0, min=0.0, max=2.0, step=0.05, optional=True, advanced=True,
+                    tooltip="FaceID files with a LoRA inside: its strength, 0 to 2; 1 as published. It acts on all steps and rows.",
+                ),
+                io.Combo.Input(
+                    "batch", options=list(BATCHES), default="one identity", optional=True, advanced=True,
+                    tooltip="one identity: all faces in every picture. unfold: face 1 in picture 1 of the batch, face 2 in picture 2, the last in all further ones.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, adapter: types.LoadedAdapter, identity: Identity, strength: float, start_percent: float,
+        end_percent: float, layer_weights: str, scaling: str, custom_layers: str = "", v2_weight: float = 1.0,
+        lora_strength: float = 1.0, batch: str = "one identity",
+    ) -> io.NodeOutput:  # fmt: skip
+        found = fitting(adapter.spec, model)
+        math.features(adapter.spec, identity)  # what is missing is said here, not in the sampler
+        spread = shares(found, adapter.spec.base, layer_weights, custom_layers)
+        if not strength or not spread or start_percent >= end_percent:
+            return io.NodeOutput(model)
+        window = Window.of(model, start_percent, end_percent)
+        injection = Decoupled(adapter, identity, spread, strength, scaling, v2_weight, BATCHES[batch], window)
+        return io.NodeOutput(attach(with_lora(model, adapter, found, lora_strength), injection))
+
+
+class FaceTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LikenessFaceTokens",
+            display_name="Face Tokens for ControlNet",
+            category="likeness/apply",
+            description="InstantID's ControlNet reads the face instead of the text. Put this between the prompts and "
+            "Apply ControlNet: the ControlNets of these prompts get the face tokens, the model keeps the text.",
+            search_aliases=["instantid", "controlnet"],
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="Prompt whose ControlNet gets the identity's tokens."),
+                io.Conditioning.Input("negative", tooltip="Prompt whose ControlNet gets the tokens of no face, as published."),
+                types.Adapter.Input("adapter", tooltip="InstantID's adapter from Load Identity Adapter."),
+                types.Identity.Input("identity", tooltip="The identity whose tokens the ControlNet reads."),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive"),
+                io.Conditioning.Output(display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, positive: list[Any], negative: list[Any], adapter: types.LoadedAdapter, identity: Identity) -> io.NodeOutput:
+        comfy.model_management.load_model_gpu(adapter.patcher)
+        made = math.tokens(adapter.patcher.model, adapter.spec, identity, adapter.patcher.load_device)
+        device = comfy.model_management.intermediate_device()
+        pairs = ((positive, made.cond), (negative, made.uncond))
+        return io.NodeOutput(*(_for_controlnet(prompt, tokens.flatten(0, 1)[None].to(device)) for prompt, tokens in pairs))
+
+
+def _for_controlnet(prompt: list[Any], tokens: Tensor) -> list[Any]:
+    return [[text, {**rest, "cross_attn_controlnet": tokens}] for text, rest in prompt]
+
+
+NODES = [ApplyDecoupled, FaceTokens]

@@ -1,0 +1,122 @@
+"""Load Identity Adapter: a file of the IP-Adapter family, told apart by its tensors."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.ops
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+from safetensors import SafetensorError, safe_open
+
+from ...likeness import detect, keymaps
+from ...likeness.decoupled import KINDS
+from ...likeness.spec import AdapterSpec, Feature
+from .. import types
+from . import files
+
+FOLDERS = ("ipadapter", "instantid")
+VARIANTS = ("auto", *KINDS)
+
+# The width of a CLIP vision tower's class embedding, under the names of its two layouts.
+CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
+CLIP_WIDTHS = {"clip.vit-h-14": 1280, "clip.vit-bigg-14": 1664}
+CROPS = {
+    "photo": "the whole photo",
+    "head": "the head with a margin",
+    "face112": "the aligned face, 112 pixels",
+    "face224": "the aligned face, 224 pixels",
+}
+
+
+def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter, str]:
+    """Read an adapter file: its weights under the host's care, and a report. Raises ValueError (see `files.read`)."""
+    path = files.find(file, *FOLDERS)
+    tensors = keymaps.rename(files.read(path), keymaps.IP_ADAPTER)
+    spec, guessed = detect.read_spec(tensors, path.as_posix(), variant)
+    module = detect.build(spec, tensors, comfy.ops.manual_cast)
+    module.eval().requires_grad_(False)
+    patcher = ModelPatcher(
+        module,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return types.LoadedAdapter(spec, patcher, keymaps.under(tensors, "lora."), file), report(spec, file, guessed)
+
+
+def report(spec: AdapterSpec, file: str, guessed: bool) -> str:
+    """What the file is, which base, encoders and crops it needs, and which of these are missing."""
+    lines = [f"{file}: {KINDS[spec.kind].title} for {spec.base}, {spec.tokens} tokens per {_per(spec)}"]
+    if guessed:
+        lines.append("This kind was guessed from the file's name, as its tensors fit several: set variant to be sure.")
+    if spec.lora_rank:
+        lines.append(f"Brings its own LoRA of rank {spec.lora_rank}; no second file is needed.")
+    lines += [_need(feature) for feature in spec.needs]
+    return "\n".join(lines)
+
+
+def _per(spec: AdapterSpec) -> str:
+    return "identity" if KINDS[spec.kind].sequence else "face"
+
+
+def _need(feature: Feature) -> str:
+    family, _, which = feature.network.partition(".")
+    crop = CROPS[feature.crop]
+    if family == "arcface":
+        there = any((root / "models" / which).is_dir() for root in files.roots("insightface"))
+        where = "found" if there else f"missing: put the folder {which} into models/insightface/models"
+        return f"Needs face embeddings of {which} (Load Face Analyzer) of {crop}: {where}."
+    found = [name for name in files.names("clip_vision") if _class_width(name) == CLIP_WIDTHS.get(feature.network)]
+    where = f"found as {', '.join(found)}" if found else "missing: put one into models/clip_vision"
+    return f"Needs CLIP {which} (Load CLIP Vision) of {crop}: {where}."
+
+
+def _class_width(name: str) -> int | None:
+    """The width of a CLIP vision file, read from its header alone."""
+    try:
+        with safe_open(files.find(name, "clip_vision"), "pt") as tensors:
+            key = next((key for key in CLASS_EMBEDDINGS if key in tensors.keys()), None)  # noqa: SIM118
+            return None if key is None else tensors.get_slice(key).get_shape()[-1]
+    except (SafetensorError, OSError, ValueError):
+        return None
+
+
+class LoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LikenessLoadAdapter",
+            display_name="Load Identity Adapter",
+            category="likeness/loaders",
+            description="Loads any file of the IP-Adapter, FaceID and InstantID family. What it is, is read from its "
+            "tensors; the report says which base model and encoders it needs.",
+            search_aliases=["ipadapter", "faceid", "instantid", "portrait"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=files.names(*FOLDERS),
+                    tooltip="Adapter file from models/ipadapter or models/instantid (.safetensors or .bin).",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=list(VARIANTS),
+                    default="auto",
+                    tooltip="What the tensors cannot tell: Plus or Plus-Face, FaceID-Plus or PlusV2, InstantID or "
+                    "Portrait unnorm. auto guesses from the file's name and shows its guess in the report.",
+                ),
+            ],
+            outputs=[
+                types.Adapter.Output(display_name="adapter"),
+                io.String.Output(display_name="report", tooltip="What the file is and what it needs."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, variant: str) -> tuple[int, int]:
+        return files.signature(files.find(file, *FOLDERS))
+
+    @classmethod
+    def execute(cls, file: str, variant: str) -> io.NodeOutput:
+        return io.NodeOutput(*load(file, variant))
+
+
+NODES = [LoadAdapter]

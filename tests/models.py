@@ -1,0 +1,78 @@
+"""Small real models of the host: SD1.5 and SDXL topology at 32 channels, as ModelPatchers, and a way to sample them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+SD15: dict[str, Any] = {
+    "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 2, 2], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 64,
+    "num_heads": 8, "use_spatial_transformer": True, "legacy": False,
+}  # fmt: skip
+SDXL: dict[str, Any] = {
+    "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 64,
+    "num_heads": -1, "num_head_channels": 16, "use_linear_in_transformer": True, "use_spatial_transformer": True,
+    "legacy": False, "num_classes": "sequential", "adm_in_channels": 2816,
+}  # fmt: skip
+FAMILIES = {
+    "SD1.5": (SD15, comfy.supported_models.SD15, comfy.model_base.BaseModel),
+    "SDXL": (SDXL, comfy.supported_models.SDXL, comfy.model_base.SDXL),
+}
+
+
+def patcher(family: str = "SD1.5", weights: dict[str, Tensor] | None = None, **changes: Any) -> ModelPatcher:
+    """A model of the host with this topology; without `weights`, from a seed."""
+    config, supported, base = FAMILIES[family]
+    config = copy.deepcopy(config)  # the host's modules consume the lists
+    heads = {key: config[key] for key in ("num_heads", "num_head_channels") if key in config}
+    settings = supported({**config, **changes})
+    settings.unet_config |= heads
+    settings.set_inference_dtype(torch.float32, None)
+    model = base(settings, device=torch.device("cpu"))
+    unet = model.diffusion_model
+    if weights is None:
+        generator = torch.Generator().manual_seed(7)
+        weights = {key: seeded(key, value.shape, generator) for key, value in unet.state_dict().items()}
+    unet.load_state_dict(weights)
+    unet.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+
+
+def seeded(key: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:
+        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+    return torch.randn(shape, generator=generator) / (torch.Size(shape[1:]).numel() ** 0.5)
+
+
+def prompt(seed: int, family: str = "SD1.5", tokens: int = 7, **extra: Any) -> list[Any]:
+    """Conditioning of a tiny model's width."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, 1280, generator=generator)
+    return [[torch.randn(1, tokens, FAMILIES[family][0]["context_dim"], generator=generator), {"pooled_output": pooled, **extra}]]
+
+
+def sample(
+    model: ModelPatcher, family: str = "SD1.5", *, steps: int = 2, cfg: float = 4.0, batch: int = 1, size: tuple[int, int] = (8, 8),
+    sampler: str = "euler", positive: list[Any] | None = None, negative: list[Any] | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """A latent by the host's own sampler: [batch, 4, *size]."""
+    latent = torch.zeros(batch, 4, *size)
+    noise = torch.cat([comfy.sample.prepare_noise(latent[:1], 5 + i) for i in range(batch)])
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, "normal", positive or prompt(1, family), negative or prompt(2, family), latent,
+            disable_pbar=True, seed=5, **options,
+        )  # fmt: skip
