@@ -98,7 +98,10 @@ def parse(text: str, count: int) -> dict[int, float]:
         except ValueError:
             layer, value = -1, 0.0
         if not colon or not 0 <= layer < count or not -100 <= value <= 100 or layer in out:
-            raise ValueError(f'got {part!r} among the layer weights; expected "layer:weight" with layers 0 to {count - 1}, each once, as in "3:1.2, 6:0"')
+            raise ValueError(
+                f'got {part!r} among the layer weights; expected "layer:weight" with layers 0 to {count - 1}, '
+                'each once, as in "3:1.2, 6:0"'
+            )
         out[layer] = value
     return out
 

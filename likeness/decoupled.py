@@ -45,7 +45,10 @@ class FullFaceProjection(nn.Module):
     def __init__(self, features: int, width: int, operations: Any) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            operations.Linear(features, features), nn.GELU(), operations.Linear(features, width), operations.LayerNorm(width)
+            operations.Linear(features, features),
+            nn.GELU(),
+            operations.Linear(features, width),
+            operations.LayerNorm(width),
         )
 
     @classmethod
@@ -61,7 +64,9 @@ class FaceProjection(nn.Module):
 
     def __init__(self, features: int, inner: int, tokens: int, width: int, operations: Any) -> None:
         super().__init__()
-        self.proj = nn.Sequential(operations.Linear(features, inner), nn.GELU(), operations.Linear(inner, tokens * width))
+        self.proj = nn.Sequential(
+            operations.Linear(features, inner), nn.GELU(), operations.Linear(inner, tokens * width)
+        )
         self.norm = operations.LayerNorm(width)
         self.width = width
 
@@ -81,7 +86,9 @@ class FacePlusProjection(FaceProjection):
     the same tensors, gives x + `shortcut` * y. `shortcut` None is Plus.
     """
 
-    def __init__(self, features: int, inner: int, tokens: int, width: int, operations: Any, perceiver: Perceiver) -> None:
+    def __init__(
+        self, features: int, inner: int, tokens: int, width: int, operations: Any, perceiver: Perceiver
+    ) -> None:
         super().__init__(features, inner, tokens, width, operations)
         self.perceiver_resampler = perceiver
 
@@ -171,7 +178,10 @@ def need(identity: Identity, feature: Feature) -> str:
     key = identity.find(feature)
     if key is not None:
         return key
-    loader = {"arcface": "Load Face Analyzer with the model pack", "clip": "an image encoder (Load CLIP Vision) of the architecture"}
+    loader = {
+        "arcface": "Load Face Analyzer with the model pack",
+        "clip": "an image encoder (Load CLIP Vision) of the architecture",
+    }
     family, _, which = feature.network.partition(".")
     have = ", ".join(sorted({str(parse_encoder_id(key)[0]) for key in identity.embeddings})) or "no embedding at all"
     raise ValueError(

@@ -45,25 +45,32 @@ def _latents(shapes: Shapes) -> int:
     return shapes["projector.latents"][1]
 
 
+def _image_tokens(shapes: Shapes) -> int:
+    return shapes["projector.proj.weight"][0] // shapes["projector.norm.weight"][0]
+
+
+def _reads(width: int) -> Callable[[Shapes], bool]:
+    return lambda shapes: shapes["projector.proj_in.weight"][1] == width
+
+
 _MLP = ("projector.proj.0.weight", "projector.proj.2.weight", "projector.norm.weight")
-_PERCEIVER = "projector.perceiver_resampler.proj_in.weight"
+_MLP_PLUS = (*_MLP, "projector.perceiver_resampler.proj_in.weight")
+_FULL = ("projector.proj.0.weight", "projector.proj.2.weight", "projector.proj.3.weight")
 _RESAMPLER = ("projector.latents", "projector.proj_in.weight", "projector.proj_out.weight")
+_IMAGE = ("projector.proj.weight", "projector.norm.weight")
 
 # Specific before broad: the first row that fits decides.
 SIGNATURES: tuple[Signature, ...] = (
-    Signature("kolors_faceid_plus", (*_MLP, _PERCEIVER), _rows_per_width, lambda s: s["projector.norm.weight"][0] == 4096),
-    Signature("faceid_plus", (*_MLP, _PERCEIVER), _rows_per_width),
-    Signature("full_face", ("projector.proj.0.weight", "projector.proj.2.weight", "projector.proj.3.weight"), lambda s: 257),
+    Signature("kolors_faceid_plus", _MLP_PLUS, _rows_per_width, lambda s: s["projector.norm.weight"][0] == 4096),
+    Signature("faceid_plus", _MLP_PLUS, _rows_per_width),
+    Signature("full_face", _FULL, lambda s: 257),
     Signature("faceid", (*_MLP, "lora.0.q.down"), _rows_per_width),
     Signature("portrait", _MLP, _rows_per_width),
-    Signature("instantid", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 512),
-    Signature("kolors_plus", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 1024),
-    Signature("plus", _RESAMPLER, _latents, lambda s: s["projector.proj_in.weight"][1] == 1280),
-    Signature(
-        "image", ("projector.proj.weight", "projector.norm.weight"),
-        lambda s: s["projector.proj.weight"][0] // s["projector.norm.weight"][0],
-    ),
-)  # fmt: skip
+    Signature("instantid", _RESAMPLER, _latents, _reads(512)),
+    Signature("kolors_plus", _RESAMPLER, _latents, _reads(1024)),
+    Signature("plus", _RESAMPLER, _latents, _reads(1280)),
+    Signature("image", _IMAGE, _image_tokens),
+)
 
 # Kinds with the very same tensors. Without the user's word, the file's name may hint at which one it is.
 TWINS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -131,7 +138,7 @@ def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "aut
         )
     keys = [shapes.get(f"layers.{n}.k.weight", ()) for n in numbers]
     if any(len(shape) != 2 for shape in keys):
-        raise ValueError(f"got {file or 'a file'}, whose keys are not all matrices; expected [hidden, width] in each layer")
+        raise ValueError(f"got {file or 'a file'}, whose keys are not all matrices; expected [hidden, width] each")
     spec = AdapterSpec(
         kind=kind,
         base=BASES[len(numbers)],

@@ -28,9 +28,11 @@ def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
         matches = ((re.fullmatch(pattern, key), name) for pattern, name in rules)
         new = next((match.expand(name) for match, name in matches if match), None)
         if new is None:
-            raise ValueError(f"got the key {key!r}, which no table of this pack knows; expected a file of the IP-Adapter family")
+            raise ValueError(f"got the key {key!r}, which no table of this pack knows; expected an adapter's")
         if new in out:
-            raise ValueError(f"got two keys for {new!r}, one of them {key!r}; expected each once: the file mixes two layouts")
+            raise ValueError(
+                f"got two keys for {new!r}, one of them {key!r}; expected each once: the file mixes two layouts"
+            )
         out[new] = value
     return out
 
@@ -52,5 +54,7 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for what, keys in (("misses", missing), ("has unknown", unexpected), ("has misshapen", misshapen)):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"the file {what} {', '.join(keys[:3])}{more}; expected every tensor of a {type(module).__name__}, once")
+            raise ValueError(
+                f"the file {what} {', '.join(keys[:3])}{more}; expected every tensor of a {type(module).__name__}, once"
+            )
     module.load_state_dict(dict(tensors), strict=True, assign=True)

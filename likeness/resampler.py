@@ -58,7 +58,9 @@ def feed_forward(dim: int, operations: Any) -> nn.Sequential:
 class Perceiver(nn.Module):
     """Refines given latents [B, T, dim] by features [B, L, features] into [B, T, out]."""
 
-    def __init__(self, dim: int, depth: int, heads: int, features: int, out: int, operations: Any, head_width: int = HEAD_WIDTH) -> None:
+    def __init__(
+        self, dim: int, depth: int, heads: int, features: int, out: int, operations: Any, head_width: int = HEAD_WIDTH
+    ) -> None:
         super().__init__()
         self.proj_in = operations.Linear(features, dim)
         self.proj_out = operations.Linear(dim, out)
@@ -90,7 +92,15 @@ class Resampler(Perceiver):
     """A perceiver with learned latents: features [B, L, features] become [B, tokens, out]."""
 
     def __init__(
-        self, dim: int, depth: int, heads: int, tokens: int, features: int, out: int, operations: Any, head_width: int = HEAD_WIDTH
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        tokens: int,
+        features: int,
+        out: int,
+        operations: Any,
+        head_width: int = HEAD_WIDTH,
     ) -> None:
         super().__init__(dim, depth, heads, features, out, operations, head_width)
         self.latents = nn.Parameter(torch.empty(1, tokens, dim))

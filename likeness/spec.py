@@ -32,7 +32,9 @@ class Feature:
         return f"{self}-{sha256[:8]}"
 
 
-_ENCODER_ID = re.compile(r"(?P<network>[a-z0-9_.-]+)\.(?P<layer>[a-z0-9_]+)\.(?P<crop>[a-z0-9_]+)-(?P<hash8>[0-9a-f]{8})")
+_ENCODER_ID = re.compile(
+    r"(?P<network>[a-z0-9_.-]+)\.(?P<layer>[a-z0-9_]+)\.(?P<crop>[a-z0-9_]+)-(?P<hash8>[0-9a-f]{8})"
+)
 
 
 def parse_encoder_id(text: str) -> tuple[Feature, str]:

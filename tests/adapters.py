@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import comfy.ops
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import detect, keymaps
 from comfyui_likeness.nodes.attention.unet import sites
 from comfyui_likeness.nodes.types import LoadedAdapter
 from models import patcher
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 RANK = 4
 
 
 def _projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
-    mlp = {"proj.0.weight": (64, 512), "proj.0.bias": (64,), "proj.2.weight": (4 * width, 64), "proj.2.bias": (4 * width,)}
+    mlp = {
+        "proj.0.weight": (64, 512),
+        "proj.0.bias": (64,),
+        "proj.2.weight": (4 * width, 64),
+        "proj.2.bias": (4 * width,),
+    }
     norm = {"norm.weight": (width,), "norm.bias": (width,)}
     return {
         "image": {"proj.weight": (4 * width, 1024), "proj.bias": (4 * width,), **norm},

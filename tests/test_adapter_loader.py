@@ -40,7 +40,10 @@ def test_both_containers_hold_the_same(folder: Path, kind: str) -> None:
     flat = tensors(kind)
     save_file(flat, folder / "ipadapter" / "a.safetensors")
     torch.save(nested(flat), folder / "ipadapter" / "b.bin")
-    torch.save(nested({key.replace("ip_adapter.", "adapter_modules."): value for key, value in flat.items()}), folder / "ipadapter" / "c.bin")
+    torch.save(
+        nested({key.replace("ip_adapter.", "adapter_modules."): value for key, value in flat.items()}),
+        folder / "ipadapter" / "c.bin",
+    )
     first, *others = (adapter.load(name)[0] for name in ("a.safetensors", "b.bin", "c.bin"))
     assert first.spec.kind == kind and bool(first.lora) == (kind == "faceid")
     for other in others:

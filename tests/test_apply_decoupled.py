@@ -34,11 +34,18 @@ def person(given: LoadedAdapter, faces: int = 1, seed: int = 0) -> Identity:
     return identity(given.spec.needs, (SHAPES[given.file.split()[0]],), faces, seed)
 
 
-def applied(model: ModelPatcher, given: LoadedAdapter | None = None, who: Identity | None = None, **changes: Any) -> ModelPatcher:
+def applied(
+    model: ModelPatcher, given: LoadedAdapter | None = None, who: Identity | None = None, **changes: Any
+) -> ModelPatcher:
     given = given or adapter()
     values: dict[str, Any] = {
-        "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "layer_weights": "linear", "scaling": "V only", **changes,
-    }  # fmt: skip
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "layer_weights": "linear",
+        "scaling": "V only",
+        **changes,
+    }
     return nodes.ApplyDecoupled.execute(model, given, who or person(given), **values).args[0]
 
 
@@ -47,7 +54,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("changes", [{"strength": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"custom_layers": "3:0"}])
+@pytest.mark.parametrize(
+    "changes", [{"strength": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"custom_layers": "3:0"}]
+)
 def test_nothing_asked_is_nothing_done(base: ModelPatcher, changes: dict[str, Any]) -> None:
     assert torch.equal(sample(applied(base, **changes)), sample(base))
     assert torch.equal(sample(applied(base, adapter("faceid"), **changes)), sample(base))
@@ -103,7 +112,9 @@ def test_windows_that_touch_make_the_whole(base: ModelPatcher) -> None:
 def test_outside_its_window_a_step_is_the_bare_models(base: ModelPatcher) -> None:
     model = applied(base, end_percent=0.5)
     sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "normal", 4)
-    assert torch.equal(sample(model, steps=4, start_step=2, last_step=4), sample(base, steps=4, start_step=2, last_step=4))
+    assert torch.equal(
+        sample(model, steps=4, start_step=2, last_step=4), sample(base, steps=4, start_step=2, last_step=4)
+    )
     assert float(sigmas[2]) <= model.get_model_object("model_sampling").percent_to_sigma(0.5)
 
 
@@ -138,14 +149,23 @@ def test_unfold_gives_each_picture_its_face(base: ModelPatcher) -> None:
     unfolded = sample(applied(base, given, two, batch="unfold"), batch=3)
     rows = [{key: value[i : i + 1] for key, value in two.embeddings.items()} for i in (0, 1)]
     for i, face in enumerate((0, 1, 1)):
-        alone = replace(two, box=two.box[:1], kps=two.kps[:1], score=two.score[:1], weight=two.weight[:1], embeddings=rows[face])
+        alone = replace(
+            two, box=two.box[:1], kps=two.kps[:1], score=two.score[:1], weight=two.weight[:1], embeddings=rows[face]
+        )
         assert close(unfolded[i], sample(applied(base, given, alone), batch=3)[i])
 
 
 def test_a_face_of_no_weight_is_no_face(base: ModelPatcher) -> None:
     given = adapter()
     two = person(given, faces=2)
-    first = replace(two, box=two.box[:1], kps=two.kps[:1], score=two.score[:1], weight=two.weight[:1], embeddings={k: v[:1] for k, v in two.embeddings.items()})
+    first = replace(
+        two,
+        box=two.box[:1],
+        kps=two.kps[:1],
+        score=two.score[:1],
+        weight=two.weight[:1],
+        embeddings={k: v[:1] for k, v in two.embeddings.items()},
+    )
     without = replace(two, weight=torch.tensor([1.0, 0.0]))
     assert torch.equal(sample(applied(base, given, without)), sample(applied(base, given, first)))
     nearly = replace(two, weight=torch.tensor([1.0, 1e-6]))
@@ -174,7 +194,14 @@ def guided(model: ModelPatcher, guider: Any, **prompts: Any) -> None:
     guider.set_conds(*prompts.values()) if prompts else None
     noise = torch.randn(1, 4, 8, 8)
     with torch.inference_mode():
-        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor([14.0, 7.0, 0.0]), disable_pbar=True, seed=1)
+        guider.sample(
+            noise,
+            torch.zeros_like(noise),
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([14.0, 7.0, 0.0]),
+            disable_pbar=True,
+            seed=1,
+        )
 
 
 def test_rows_are_told_apart_by_their_prompts_name(base: ModelPatcher) -> None:
@@ -193,7 +220,11 @@ def test_rows_are_told_apart_by_their_prompts_name(base: ModelPatcher) -> None:
         guider.set_conds(*conds)
         guider.set_cfg(*([4.0, 3.0] if name != "cfg" else [4.0]))
         guided(base, guider)
-        seen = [c for call in recorder.calls[: len(wanted)] for c in call.conditional] if len(recorder.calls[0].conditional) < len(wanted) else list(recorder.calls[0].conditional)
+        seen = (
+            [c for call in recorder.calls[: len(wanted)] for c in call.conditional]
+            if len(recorder.calls[0].conditional) < len(wanted)
+            else list(recorder.calls[0].conditional)
+        )
         assert sorted(seen) == sorted(wanted), name
 
 
@@ -225,7 +256,9 @@ def test_an_interrupt_leaves_no_trace(base: ModelPatcher, error: type[BaseExcept
     def stop(*_: Any) -> None:
         raise error
 
-    injection = next(iter(model.model_options["transformer_options"]["patches_replace"]["attn2"].values())).injections[0]
+    injection = next(iter(model.model_options["transformer_options"]["patches_replace"]["attn2"].values())).injections[
+        0
+    ]
     with pytest.raises(error):
         sample(model, callback=stop)
     assert len(injection.bank) == 0
@@ -341,7 +374,9 @@ def test_wrappers_are_missed_loudly(base: ModelPatcher) -> None:
     model = applied(base)
     options = {**model.model_options["transformer_options"], "cond_or_uncond": [0]}
     with pytest.raises(RuntimeError, match="without its wrappers"):
-        model.model.diffusion_model(torch.zeros(1, 4, 8, 8), torch.tensor([1.0]), context=prompt(1)[0][0], transformer_options=options)
+        model.model.diffusion_model(
+            torch.zeros(1, 4, 8, 8), torch.tensor([1.0]), context=prompt(1)[0][0], transformer_options=options
+        )
 
 
 @pytest.mark.parametrize("scaling", list(decoupled.SCALINGS))

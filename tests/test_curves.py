@@ -38,7 +38,9 @@ def layers(base: str) -> list[Layer]:
 @pytest.mark.parametrize(("base", "name"), KNOWN)
 def test_known_weights(base: str, name: str) -> None:
     named, rest = KNOWN[base, name]
-    assert [share(name, "", layer).weight for layer in layers(base)] == [named.get(layer.number, rest) for layer in layers(base)]
+    assert [share(name, "", layer).weight for layer in layers(base)] == [
+        named.get(layer.number, rest) for layer in layers(base)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,9 @@ def test_ease(name: str, formula: object) -> None:
 def test_precise_types_push_away_where_the_other_lives() -> None:
     assert [layer.number for layer in layers("SDXL") if share("style transfer precise", "", layer).away] == [3]
     assert [layer.number for layer in layers("SD1.5") if not share("composition precise", "", layer).away] == [4, 5]
-    assert not any(share(name, "", layer).away for name in LAYER_WEIGHTS if "precise" not in name for layer in layers("SDXL"))
+    assert not any(
+        share(name, "", layer).away for name in LAYER_WEIGHTS if "precise" not in name for layer in layers("SDXL")
+    )
 
 
 def test_fifteen() -> None:

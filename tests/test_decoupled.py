@@ -62,7 +62,9 @@ def test_portrait_makes_one_sequence_of_all_faces() -> None:
     assert_close(decoupled.rows(cond, uncond, (False,), 1, False), stored["uncond"])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("proj_instantid", "instantid"), ("proj_faceid_portrait_unnorm_sdxl", "portrait_unnorm")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("proj_instantid", "instantid"), ("proj_faceid_portrait_unnorm_sdxl", "portrait_unnorm")]
+)
 def test_raw_face_resampler(name: str, kind: str) -> None:
     case = PROJECTORS[name]
     module, stored, face = projector(case, kind), case.outputs(), case.input("face_embedding")
@@ -86,9 +88,15 @@ def test_hidden_states(name: str, kind: str) -> None:
 def resampler(case: Case, weights: dict[str, Tensor], config: dict[str, int]) -> Resampler:
     """A resampler whose head width no released file has: the shapes alone do not tell it."""
     module = Resampler(
-        config["dim"], config["depth"], config["heads"], config["num_queries"], config["embedding_dim"], config["output_dim"],
-        OPERATIONS, head_width=config["dim_head"],
-    )  # fmt: skip
+        config["dim"],
+        config["depth"],
+        config["heads"],
+        config["num_queries"],
+        config["embedding_dim"],
+        config["output_dim"],
+        OPERATIONS,
+        head_width=config["dim_head"],
+    )
     keymaps.load(module, weights)
     return module.requires_grad_(False)
 
@@ -112,7 +120,11 @@ def lora_applied(weights: dict[str, Tensor], strength: float) -> dict[str, Tenso
 def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[Tensor, Tensor]:
     """What our slot gives in place of a cross-attention, before and after the layer's output projection."""
     hidden, text, tokens = case.input("hidden"), case.input("text"), case.input("image_tokens")
-    q, k, v = hidden @ weights["attn2.to_q.weight"].T, text @ weights["attn2.to_k.weight"].T, text @ weights["attn2.to_v.weight"].T
+    q, k, v = (
+        hidden @ weights["attn2.to_q.weight"].T,
+        text @ weights["attn2.to_k.weight"].T,
+        text @ weights["attn2.to_v.weight"].T,
+    )
     key, value = (tokens @ weights[f"ip_adapter.1.to_{part}_ip.weight"].T for part in "kv")
     key, value = decoupled.SCALINGS["V only"](key, value, scale, q.shape[-1])
 
@@ -121,7 +133,10 @@ def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[T
             return nodes.host_attention(q, key, value, options)
 
     fixed, place = Fixed(), ("attn2", ("input", 1))
-    options = {"n_heads": case.config["heads"], nodes.attach.__globals__["KEY"]: {id(fixed): nodes.attach.__globals__["Active"]({place: None}, None)}}
+    options = {
+        "n_heads": case.config["heads"],
+        nodes.attach.__globals__["KEY"]: {id(fixed): nodes.attach.__globals__["Active"]({place: None}, None)},
+    }
     pre = Slot(place, None, (fixed,))(q, k, v, options)  # pyright: ignore[reportArgumentType]
     return pre, pre @ weights["attn2.to_out.0.weight"].T + weights["attn2.to_out.0.bias"]
 
@@ -129,7 +144,10 @@ def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[T
 @pytest.mark.parametrize("name", ["attn_ip_4tok", "attn_ip_16tok", "attn_instantid"])
 def test_attention(name: str) -> None:
     case = ATTENTION[name]
-    weights = {key if "." in key and key.split(".")[0] in ("attn1", "attn2", "ip_adapter") else f"attn2.{key}": value for key, value in case.weights().items()}
+    weights = {
+        key if "." in key and key.split(".")[0] in ("attn1", "attn2", "ip_adapter") else f"attn2.{key}": value
+        for key, value in case.weights().items()
+    }
     stored = case.outputs()
     scales = case.data["scalars"]["scale"]
     for scale in scales if isinstance(scales, list) else [scales]:
@@ -175,9 +193,14 @@ def test_whole_unet(name: str, family: str, kind: str, feature: Feature, inputs:
     key = feature.id("0" * 64)
     zero = case.input(inputs[1]) if inputs[1] else torch.zeros_like(case.input(inputs[0]))
     person = type(person)(
-        name="golden", box=person.box, kps=person.kps, score=person.score, weight=person.weight,
-        embeddings={key: case.input(inputs[0])}, zeros={key: zero},
-    )  # fmt: skip
+        name="golden",
+        box=person.box,
+        kps=person.kps,
+        score=person.score,
+        weight=person.weight,
+        embeddings={key: case.input(inputs[0])},
+        zeros={key: zero},
+    )
     made = decoupled.tokens(adapter.patcher.model, adapter.spec, person, torch.device("cpu"))
     assert_close(made.cond, stored["tokens_cond"])
     assert_close(made.uncond, stored["tokens_uncond"])
@@ -198,11 +221,21 @@ def loaded(case: Case, kind: str, feature: Feature) -> LoadedAdapter:
     tensors = keymaps.rename(case.weights(1), keymaps.IP_ADAPTER)
     shapes = detect.shapes_of(tensors)
     numbers = sorted({int(key.split(".")[1]) for key in tensors if key.startswith("layers.")})
-    spec = AdapterSpec(kind, detect.BASES[len(numbers)], 4, 64, tuple(shapes[f"layers.{n}.k.weight"][0] for n in numbers), (feature,))
+    spec = AdapterSpec(
+        kind, detect.BASES[len(numbers)], 4, 64, tuple(shapes[f"layers.{n}.k.weight"][0] for n in numbers), (feature,)
+    )
     weights = {key: value for key, value in tensors.items() if not key.startswith("lora.")}
     inner = keymaps.under(weights, "projector.")
     if kind == "plus":
-        config = {"dim": 80, "depth": 2, "dim_head": 16, "heads": 5, "num_queries": 16, "embedding_dim": 48, "output_dim": 64}
+        config = {
+            "dim": 80,
+            "depth": 2,
+            "dim_head": 16,
+            "heads": 5,
+            "num_queries": 16,
+            "embedding_dim": 48,
+            "output_dim": 64,
+        }
         module = resampler(case, inner, config)
     else:
         module = decoupled.KINDS[kind].projector(detect.shapes_of(inner), OPERATIONS)
@@ -218,5 +251,9 @@ def run(model: object, case: Case, stored: dict[str, Tensor]) -> Tensor:
     options = {**model.model_options["transformer_options"], "wrappers": wrappers, "cond_or_uncond": [1, 0]}  # pyright: ignore[reportAttributeAccessIssue]
     with torch.inference_mode():
         return model.model.diffusion_model(  # pyright: ignore[reportAttributeAccessIssue]
-            case.input("sample"), case.input("timesteps"), context=case.input("text"), y=stored.get("y"), transformer_options=options
+            case.input("sample"),
+            case.input("timesteps"),
+            context=case.input("text"),
+            y=stored.get("y"),
+            transformer_options=options,
         )

@@ -50,7 +50,13 @@ def test_published_layouts_at_full_size(name: str) -> None:
     kind, base, tokens, needs, rank, guessed = EXPECTED[name]
     renamed = keymaps.rename(layout(name), keymaps.IP_ADAPTER)
     spec, guess = detect.read_spec(renamed, f"models/{name}.bin")
-    assert (spec.kind, spec.base, spec.tokens, [str(n) for n in spec.needs], spec.lora_rank) == (kind, base, tokens, needs, rank)
+    assert (spec.kind, spec.base, spec.tokens, [str(n) for n in spec.needs], spec.lora_rank) == (
+        kind,
+        base,
+        tokens,
+        needs,
+        rank,
+    )
     assert guess is guessed
     assert spec.width == {"SD1.5": 768, "SDXL": 2048}[base]
     module = detect.build(spec, renamed, comfy.ops.manual_cast)
@@ -69,7 +75,7 @@ def test_published_layouts_at_full_size(name: str) -> None:
 )
 def test_twins_are_guessed_by_name_and_settled_by_the_user(name: str, file: str, kind: str) -> None:
     renamed = keymaps.rename(layout(name), keymaps.IP_ADAPTER)
-    assert detect.read_spec(renamed, file) [0].kind == kind
+    assert detect.read_spec(renamed, file)[0].kind == kind
     row, _, _ = detect.kind_of(detect.shapes_of(renamed))
     for twin in (row.kind, *(k for k, _ in detect.TWINS[row.kind])):
         spec, guessed = detect.read_spec(renamed, file, twin)
@@ -80,12 +86,18 @@ def test_twins_are_guessed_by_name_and_settled_by_the_user(name: str, file: str,
 
 def test_kolors_is_named_and_refused() -> None:
     for shapes in (
-        {"projector.latents": (1, 16, 2048), "projector.proj_in.weight": (2048, 1024), "projector.proj_out.weight": (2048, 2048)},
         {
-            "projector.proj.0.weight": (1024, 512), "projector.proj.2.weight": (6 * 4096, 1024), "projector.norm.weight": (4096,),
+            "projector.latents": (1, 16, 2048),
+            "projector.proj_in.weight": (2048, 1024),
+            "projector.proj_out.weight": (2048, 2048),
+        },
+        {
+            "projector.proj.0.weight": (1024, 512),
+            "projector.proj.2.weight": (6 * 4096, 1024),
+            "projector.norm.weight": (4096,),
             "projector.perceiver_resampler.proj_in.weight": (4096, 1024),
         },
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="Kolors"):
             detect.kind_of(shapes)
 
@@ -99,7 +111,9 @@ def test_a_lora_is_no_adapter() -> None:
 
 def test_two_layouts_in_one_file_collide() -> None:
     with pytest.raises(ValueError, match="mixes two layouts"):
-        keymaps.rename({f"{g}.1.to_k_ip.weight": torch.zeros(1) for g in ("ip_adapter", "adapter_modules")}, keymaps.IP_ADAPTER)
+        keymaps.rename(
+            {f"{g}.1.to_k_ip.weight": torch.zeros(1) for g in ("ip_adapter", "adapter_modules")}, keymaps.IP_ADAPTER
+        )
 
 
 def test_a_partial_file_names_its_keys() -> None:

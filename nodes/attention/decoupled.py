@@ -67,7 +67,9 @@ class Decoupled:
         out: dict[Place, Any] = {}
         for site, share in self.shares.items():
             weight = self.strength * share.weight
-            cond, uncond = (scale(*module.project(site.number, t), weight, site.hidden) for t in (made.cond, made.uncond))
+            cond, uncond = (
+                scale(*module.project(site.number, t), weight, site.hidden) for t in (made.cond, made.uncond)
+            )
             if share.away:
                 cond, uncond = tuple(t * 0 for t in cond), cond
             out[_place(site)] = tuple((c.to(call.dtype), u.to(call.dtype)) for c, u in zip(cond, uncond, strict=True))
@@ -90,8 +92,9 @@ def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
     if widths != spec.layers or any(site.context != spec.width for site in found):
         context = found[0].context if found else 0
         raise ValueError(
-            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); the model has "
-            f"{len(found)} of text width {context}; load an adapter for this base model, or a {spec.base} checkpoint"
+            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "
+            f"expected one for this model, which has {len(found)} of text width {context}; "
+            f"load an adapter for this base model, or a {spec.base} checkpoint"
         )
     return found
 
@@ -99,7 +102,9 @@ def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
 def shares(found: list[Site], base: str, layer_weights: str, custom: str) -> dict[Site, curves.Share]:
     """What each site gets of the strength, those left out that get nothing."""
     out = {
-        site: curves.share(layer_weights, custom, curves.Layer(site.transformer, site.transformers, site.block[0], base))
+        site: curves.share(
+            layer_weights, custom, curves.Layer(site.transformer, site.transformers, site.block[0], base)
+        )
         for site in found
     }
     return {site: share for site, share in out.items() if share.weight}
@@ -134,30 +139,44 @@ class ApplyDecoupled(io.ComfyNode):
                 types.Identity.Input("identity", tooltip="From Encode, Load, Merge or Mix Identity."),
                 io.Float.Input(
                     "strength", default=0.8, min=-1.0, max=5.0, step=0.05,
-                    tooltip="How much of the identity's attention is added: 0 none, 1 as trained. 0.5 to 0.8 leaves room for the prompt.",
+                    tooltip="How much of the identity's attention is added, -1 to 5: 0 none, 1 as trained. "
+                    "0.5 to 0.8 leaves room for the prompt.",
                 ),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Part of the sampling, 0 to 1, after which it sets in."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Part of the sampling, 0 to 1, at which it ends."),
-                io.Combo.Input("layer_weights", options=list(curves.LAYER_WEIGHTS), default="linear", tooltip="How the strength is spread over the layers."),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                    tooltip="Part of the sampling, 0 to 1, after which it sets in.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                    tooltip="Part of the sampling, 0 to 1, at which it ends.",
+                ),
+                io.Combo.Input(
+                    "layer_weights", options=list(curves.LAYER_WEIGHTS), default="linear",
+                    tooltip="How the strength is spread over the layers of the model.",
+                ),
                 io.Combo.Input(
                     "scaling", options=list(math.SCALINGS), default="V only",
-                    tooltip="Where the strength enters: on the values (as published), or on keys and values; with C penalty, narrow layers get less.",
+                    tooltip="Where the strength enters: on the values (as published), or on keys and values; "
+                    "with C penalty, narrow layers get less.",
                 ),
                 io.String.Input(
                     "custom_layers", default="", optional=True, advanced=True,
-                    tooltip='Weight by layer, "3:1.2, 6:0": layers 0 to 15 (SD1.5) or 0 to 10 (SDXL) in running order; those not named get 0. Empty: layer_weights.',
+                    tooltip='Weight by layer, "3:1.2, 6:0": layers 0 to 15 (SD1.5) or 0 to 10 (SDXL) in running order, '
+                    "weights -100 to 100; those not named get 0. Empty: layer_weights.",
                 ),
                 io.Float.Input(
                     "v2_weight", default=1.0, min=-1.0, max=5.0, step=0.05, optional=True, advanced=True,
-                    tooltip="FaceID-PlusV2 only: share of the CLIP features beside the face vector; 1 as published.",
+                    tooltip="FaceID-PlusV2 only: share of the CLIP features, -1 to 5; 1 as published.",
                 ),
                 io.Float.Input(
                     "lora_strength", default=1.0, min=0.0, max=2.0, step=0.05, optional=True, advanced=True,
-                    tooltip="FaceID files with a LoRA inside: its strength, 0 to 2; 1 as published. It acts on all steps and rows.",
+                    tooltip="FaceID files with a LoRA inside: its strength, 0 to 2; 1 as published. "
+                    "It acts on all steps and on both prompts.",
                 ),
                 io.Combo.Input(
                     "batch", options=list(BATCHES), default="one identity", optional=True, advanced=True,
-                    tooltip="one identity: all faces in every picture. unfold: face 1 in picture 1 of the batch, face 2 in picture 2, the last in all further ones.",
+                    tooltip="one identity: all faces in every picture. unfold: face 1 in picture 1 of the batch, "
+                    "face 2 in picture 2, the last in all further ones.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],
@@ -165,10 +184,20 @@ class ApplyDecoupled(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, adapter: types.LoadedAdapter, identity: Identity, strength: float, start_percent: float,
-        end_percent: float, layer_weights: str, scaling: str, custom_layers: str = "", v2_weight: float = 1.0,
-        lora_strength: float = 1.0, batch: str = "one identity",
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: ModelPatcher,
+        adapter: types.LoadedAdapter,
+        identity: Identity,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        layer_weights: str,
+        scaling: str,
+        custom_layers: str = "",
+        v2_weight: float = 1.0,
+        lora_strength: float = 1.0,
+        batch: str = "one identity",
+    ) -> io.NodeOutput:
         found = fitting(adapter.spec, model)
         math.features(adapter.spec, identity)  # what is missing is said here, not in the sampler
         spread = shares(found, adapter.spec.base, layer_weights, custom_layers)
@@ -191,7 +220,9 @@ class FaceTokens(io.ComfyNode):
             search_aliases=["instantid", "controlnet"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="Prompt whose ControlNet gets the identity's tokens."),
-                io.Conditioning.Input("negative", tooltip="Prompt whose ControlNet gets the tokens of no face, as published."),
+                io.Conditioning.Input(
+                    "negative", tooltip="Prompt whose ControlNet gets the tokens of no face, as published."
+                ),
                 types.Adapter.Input("adapter", tooltip="InstantID's adapter from Load Identity Adapter."),
                 types.Identity.Input("identity", tooltip="The identity whose tokens the ControlNet reads."),
             ],
@@ -202,12 +233,16 @@ class FaceTokens(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, positive: list[Any], negative: list[Any], adapter: types.LoadedAdapter, identity: Identity) -> io.NodeOutput:
+    def execute(
+        cls, positive: list[Any], negative: list[Any], adapter: types.LoadedAdapter, identity: Identity
+    ) -> io.NodeOutput:
         comfy.model_management.load_model_gpu(adapter.patcher)
         made = math.tokens(adapter.patcher.model, adapter.spec, identity, adapter.patcher.load_device)
         device = comfy.model_management.intermediate_device()
         pairs = ((positive, made.cond), (negative, made.uncond))
-        return io.NodeOutput(*(_for_controlnet(prompt, tokens.flatten(0, 1)[None].to(device)) for prompt, tokens in pairs))
+        return io.NodeOutput(
+            *(_for_controlnet(prompt, tokens.flatten(0, 1)[None].to(device)) for prompt, tokens in pairs)
+        )
 
 
 def _for_controlnet(prompt: list[Any], tokens: Tensor) -> list[Any]:

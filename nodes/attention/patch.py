@@ -131,7 +131,9 @@ class Slot:
         out = self.base(q, k, v, options) if self.base is not None else host_attention(q, k, v, options)
         active = options.get(KEY)
         if active is None:
-            raise RuntimeError("the model ran without its wrappers, so Likeness does not know this call; sample it through ComfyUI's samplers")
+            raise RuntimeError(
+                "the model ran without its wrappers; expected a call by ComfyUI's samplers; sample the model with these"
+            )
         for injection in self.injections:
             now = active.get(id(injection))
             if now is not None:
@@ -216,7 +218,9 @@ class _Begin:
         return self
 
 
-def _own_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
+def _own_options(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
     """A copy of the call's transformer_options, and the arguments with the copy in their place."""
     if "transformer_options" in kwargs:
         options = dict(kwargs["transformer_options"])
@@ -234,16 +238,23 @@ def _call(x: Tensor, options: Options) -> Call:
     return Call(conditional, x.shape[0] // len(chunks), x.dtype, x.device)
 
 
-def _keep_conds(executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None) -> Any:
+def _keep_conds(
+    executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
+) -> Any:
     """The guider alone knows its prompts by name: hand them on to where they are batched."""
     return executor(x, timestep, {**(model_options or {}), CONDS: executor.class_obj.conds}, seed)
 
 
-def _name_roles(executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]) -> Any:
+def _name_roles(
+    executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
     """`cond_or_uncond` counts in this list. Say of each place whether its prompt carries the identity."""
     named = model_options.get(CONDS)
     if named is not None:
         negative = [cond for name, cond in named.items() if "negative" in name]
         roles = tuple(not any(cond is other for other in negative) for cond in conds)
-        model_options = {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), ROLES: roles}}
+        model_options = {
+            **model_options,
+            "transformer_options": {**model_options.get("transformer_options", {}), ROLES: roles},
+        }
     return executor(model, conds, x, timestep, model_options)

@@ -43,7 +43,11 @@ def _transformers(unet: nn.Module) -> Iterator[tuple[tuple[str, int], str, Any]]
     """Every transformer in running order: the host's block name, its path, the module."""
     for side, name in SIDES:
         # The middle block is one sequence of layers that the host calls ("middle", 0); the other sides are lists.
-        blocks = [(0, name, getattr(unet, name))] if side == "middle" else [(i, f"{name}.{i}", b) for i, b in enumerate(getattr(unet, name))]
+        blocks = (
+            [(0, name, getattr(unet, name))]
+            if side == "middle"
+            else [(i, f"{name}.{i}", b) for i, b in enumerate(getattr(unet, name))]
+        )
         for i, path, block in blocks:
             for j, layer in enumerate(block if block is not None else ()):
                 if hasattr(layer, "transformer_blocks"):
@@ -53,7 +57,9 @@ def _transformers(unet: nn.Module) -> Iterator[tuple[tuple[str, int], str, Any]]
 def sites(unet: nn.Module) -> list[Site]:
     """The cross-attentions of a UNet in file order. Raises ValueError for a model that is not such a UNet."""
     if not all(hasattr(unet, name) for _, name in SIDES):
-        raise ValueError(f"got a {type(unet).__name__} model; expected the UNet of an SD1.5 or SDXL checkpoint; load one of these")
+        raise ValueError(
+            f"got a {type(unet).__name__} model; expected the UNet of an SD1.5 or SDXL checkpoint; load one of these"
+        )
     found = list(_transformers(unet))
     order = sorted(range(len(found)), key=lambda t: FILE_ORDER.index(found[t][0][0]))
     out: list[Site] = []

@@ -17,7 +17,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 NOT_WEIGHTS = (
     (b"<", "a web page, not weights: the download was a login or error page"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves: fetch the file with git lfs or a browser"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the weights themselves: fetch the file with git lfs or a browser",
+    ),
 )
 
 
@@ -64,8 +67,11 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, _signature: tuple[int, int]) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -83,14 +89,19 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         loaded = comfy.utils.load_torch_file(str(path), safe_load=True)
     except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise ValueError(
-            f"got {path.name}, which cannot be read ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}); "
+            f"got {path.name}, which cannot be read ({why}); "
             "expected a whole .safetensors or .bin file of tensors; it may be cut short: download it again"
         ) from error
     tensors = flatten(loaded)
-    broken = next((key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None)
+    broken = next(
+        (key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None
+    )
     if broken is not None:
-        raise ValueError(f"got {path.name}, whose tensor {broken} holds NaN or infinity; expected finite weights; download it again")
+        raise ValueError(
+            f"got {path.name}, whose tensor {broken} holds NaN or infinity; expected finite weights; download it again"
+        )
     return tensors
 
 
