@@ -144,6 +144,9 @@ class KeysValues(nn.Module):
         self.k = operations.Linear(width, hidden, bias=False)
         self.v = operations.Linear(width, hidden, bias=False)
 
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k(tokens), self.v(tokens)
+
 
 class DecoupledAdapter(nn.Module):
     """A whole adapter file: the projector, and keys and values per cross-attention under the file's own numbers."""
@@ -157,8 +160,7 @@ class DecoupledAdapter(nn.Module):
 
     def project(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """K' and V' [n, T, hidden] of the cross-attention with the file's number `layer`."""
-        kv = self.layers[str(layer)]
-        return kv.k(tokens), kv.v(tokens)
+        return self.layers[str(layer)](tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,7 +152,7 @@ def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "aut
 
 
 def build(spec: AdapterSpec, tensors: Mapping[str, Tensor], operations: Any) -> DecoupledAdapter:
-    """The adapter's module with all of its tensors. Raises ValueError naming what is missing, left over or misshapen."""
+    """The adapter's module with all of its tensors. Raises ValueError naming what is missing or misshapen."""
     weights = {key: value for key, value in tensors.items() if not key.startswith("lora.")}
     shapes = shapes_of(keymaps.under(weights, "projector."))
     try:

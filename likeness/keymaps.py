@@ -43,7 +43,7 @@ def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module all of its tensors, or raise ValueError naming the keys that are missing, left over or misshapen."""
+    """Give a module all of its tensors, or raise ValueError naming the keys that are missing, unknown or misshapen."""
     expected = module.state_dict()
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     misshapen = [

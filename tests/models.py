@@ -61,42 +61,19 @@ def prompt(seed: int, family: str = "SD1.5", tokens: int = 7, **extra: Any) -> l
     """Conditioning of a tiny model's width."""
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(1, 1280, generator=generator)
-    return [
-        [
-            torch.randn(1, tokens, FAMILIES[family][0]["context_dim"], generator=generator),
-            {"pooled_output": pooled, **extra},
-        ]
-    ]
+    text = torch.randn(1, tokens, FAMILIES[family][0]["context_dim"], generator=generator)
+    return [[text, {"pooled_output": pooled, **extra}]]
+
+
+SAMPLING: dict[str, Any] = {"steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
 def sample(
-    model: ModelPatcher,
-    family: str = "SD1.5",
-    *,
-    steps: int = 2,
-    cfg: float = 4.0,
-    batch: int = 1,
-    size: tuple[int, int] = (8, 8),
-    sampler: str = "euler",
-    positive: list[Any] | None = None,
-    negative: list[Any] | None = None,
-    **options: Any,
+    model: ModelPatcher, family: str = "SD1.5", *, batch: int = 1, size: tuple[int, int] = (8, 8), **changes: Any
 ) -> Tensor:
-    """A latent by the host's own sampler: [batch, 4, *size]."""
+    """A latent by the host's own sampler: [batch, 4, *size]. `changes` go to the host's `comfy.sample.sample`."""
     latent = torch.zeros(batch, 4, *size)
     noise = torch.cat([comfy.sample.prepare_noise(latent[:1], 5 + i) for i in range(batch)])
+    options = {**SAMPLING, "positive": prompt(1, family), "negative": prompt(2, family), **changes}
     with torch.inference_mode():
-        return comfy.sample.sample(
-            model,
-            noise,
-            steps,
-            cfg,
-            sampler,
-            "normal",
-            positive or prompt(1, family),
-            negative or prompt(2, family),
-            latent,
-            disable_pbar=True,
-            seed=5,
-            **options,
-        )
+        return comfy.sample.sample(model, noise, latent_image=latent, disable_pbar=True, seed=5, **options)

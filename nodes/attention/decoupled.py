@@ -120,7 +120,9 @@ def with_lora(model: ModelPatcher, adapter: types.LoadedAdapter, found: list[Sit
         site = found[int(number) // 2]
         attention = "attn2" if int(number) % 2 else "attn1"
         lora[f"diffusion_model.{site.key}.{attention}.{LORA_PARTS[part]}.{LORA_SIDES[side]}"] = matrix
-    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)[0]
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+    assert patched is not None  # as a model was given
+    return patched
 
 
 class ApplyDecoupled(io.ComfyNode):

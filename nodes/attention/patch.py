@@ -35,7 +35,7 @@ class Window:
 
     @classmethod
     def of(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> Window:
-        sampling = model.get_model_object("model_sampling")
+        sampling: Any = model.get_model_object("model_sampling")
         end = sampling.percent_to_sigma(end_percent) if end_percent < 1.0 else -1.0  # the very last sigma may be 0
         return cls(float(sampling.percent_to_sigma(start_percent)), float(end))
 
@@ -89,8 +89,15 @@ class Bank:
 class Injection(Protocol):
     """An adapter bound to an identity: what an apply node adds to a model. Immutable but for its bank."""
 
-    window: Window
-    bank: Bank
+    @property
+    def window(self) -> Window:
+        """When it is on."""
+        ...
+
+    @property
+    def bank(self) -> Bank:
+        """What it keeps during a run."""
+        ...
 
     @property
     def patchers(self) -> list[ModelPatcher]:
