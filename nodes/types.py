@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness.spec import AdapterSpec
+from ..likeness.spec import AdapterSpec, Face, Feature
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 Adapter = io.Custom("LIKENESS_ADAPTER")
@@ -28,3 +29,40 @@ class LoadedAdapter:
     patcher: ModelPatcher
     lora: Mapping[str, Tensor]
     file: str
+
+
+class Analyzer(Protocol):
+    """What goes through LIKENESS_FACE_ANALYZER. Photos are uint8 RGB [H, W, 3].
+
+    `feature` names the recogniser as in encoder ids, `sha256` is its file's; `detect` sees the photo at a detector
+    size in pixels; `embed` gives a face's raw ArcFace vector [512].
+    """
+
+    @property
+    def feature(self) -> Feature: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def detect(self, photo: Tensor, size: int) -> list[Face]: ...
+
+    def embed(self, photo: Tensor, face: Face) -> Tensor: ...
+
+
+class Encoder(Protocol):
+    """What goes through LIKENESS_IMAGE_ENCODER. `architecture` and `sha256` go into encoder ids.
+
+    `encode` takes [n, H, W, 3] in 0..1 and gives `projected` [n, E], the pooled embedding; `penultimate` [n, T, W],
+    the last block's input, and `last` [n, T, W], its output; both without the post LayerNorm, class token first.
+    `zero` gives the same layers, n = 1, for a picture that is zero after normalisation: mid-grey.
+    """
+
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode(self, pictures: Tensor) -> dict[str, Tensor]: ...
+
+    def zero(self) -> dict[str, Tensor]: ...

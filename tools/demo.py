@@ -115,7 +115,8 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
     base = host.HOME / "base"
     host.say("using stand-in models with random weights: the pictures will be noise, only the plumbing is real")
     show_photo(prompt, photo, base, found.python)
-    if subprocess.run([found.python, "-c", STAND_INS, base, *files(prompt)], cwd=host.ROOT).returncode:
+    words = [found.python, "-c", STAND_INS, base, *files(prompt)]
+    if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:
         raise host.HostError("the stand-in models could not be made, see above")
     with serve(found, base, cpu=cpu, output=output) as server:
         lacks = missing(prompt, server.object_info())

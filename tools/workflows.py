@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,9 @@ from .server import Server, ServerError, serve
 FOLDER = host.ROOT / "workflows"
 REGISTRY_NAME = "likeness-identity"
 PREFIX = "Likeness"
-GAP, COLUMN_GAP, TITLE, PADDING, HEADER = 30, 70, 30, 20, 50
+PREPARE = """import sys, pathlib; from tools import photos, standins
+base = pathlib.Path(sys.argv[1]); photos.make(base / "input"); standins.make(base, sys.argv[2:])"""
+GAP, COLUMN_GAP, TITLE, PADDING, HEADER = 30, 70, 30, 20, 60
 WIDTH = 300
 NOTE = "MarkdownNote"
 OWN_COLOURS = {"color": "#233", "bgcolor": "#355"}
@@ -37,7 +40,7 @@ class Group:
 
 
 GROUPS = (
-    Group("Models to put in place", 0, "#555555", (NOTE,)),
+    Group("Read me", 0, "#555555", (NOTE,)),
     Group(
         "Who",
         0,
@@ -47,14 +50,14 @@ GROUPS = (
     ),
     Group("Keep", 0, "#8a6d3b", (f"{PREFIX}MergeIdentities", f"{PREFIX}SaveIdentity")),
     Group("Check", 0, "#88527a", (f"{PREFIX}Measure",)),
-    Group("Identity into the model", 0, "#3f7a5a", (f"{PREFIX}LoadAdapter", f"{PREFIX}ApplyDecoupled")),
-    Group("Model and prompt", 1, "#6b5b95", ("CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage")),
     Group(
         "Pose of the face",
-        1,
+        0,
         "#88527a",
         (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced"),
     ),
+    Group("Model and prompt", 1, "#6b5b95", ("CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage")),
+    Group("Identity into the model", 1, "#3f7a5a", (f"{PREFIX}LoadAdapter", f"{PREFIX}ApplyDecoupled")),
     Group("Picture", 1, "#3f789e", ("KSampler", "VAEDecode", "SaveImage")),
 )  # fmt: skip
 VIEWERS = ("PreviewImage", "PreviewAny")
@@ -63,9 +66,21 @@ SIZES = {
     "LoadImage": (300, 330),
     "PreviewImage": (300, 260),
     "PreviewAny": (340, 170),
-    "SaveImage": (420, 440),
+    "SaveImage": (360, 400),
     "CLIPTextEncode": (360, 150),
-    NOTE: (420, 260),
+    NOTE: (420, 300),
+}
+# What an artist should know before the first run.
+ABOUT = {
+    "portrait_faceid_plusv2": "A portrait that keeps the face of a photo, by FaceID-PlusV2 on SD1.5. Lower strength "
+    "leaves more to the prompt.",
+    "portrait_plus_face": "A painting that keeps the face of a photo, by IP-Adapter Plus-Face on SD1.5.",
+    "instantid_sdxl": "The face and its pose of a photo, by InstantID on SDXL: the adapter brings the face, the "
+    "ControlNet its five key points.",
+    "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
+    "later workflow finds them.",
+    "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
+    "choose files of your own.",
 }
 HUGGING_FACE = "https://huggingface.co"
 FACE_MODELS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
@@ -145,13 +160,12 @@ def files(prompt: Prompt) -> list[str]:
     return [value for value in dict.fromkeys(values) if value in MODELS]
 
 
-def note(prompt: Prompt) -> str:
-    """The text of the note that says which models go where."""
-    lines = ["Any checkpoint of the same base model does.", ""]
-    for name in files(prompt):
-        url, folder = MODELS[name]
-        kept = name.removesuffix(".safetensors") if len(name) > 44 else name
-        lines.append(f"- [{kept}]({url}) in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
+def note(name: str, prompt: Prompt) -> str:
+    """The text of the note that says what the workflow does and which models go where."""
+    lines = [ABOUT[name], "", "Models:", ""]
+    for file in files(prompt):
+        url, folder = MODELS[file]
+        lines.append(f"- [{file}]({url}) in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
     return "\n".join(lines)
 
 
@@ -166,8 +180,7 @@ def finish(name: str, prompt: Prompt, opened: frontend.Opened) -> Workflow:
             socket["link"] = renumber.get(socket.get("link"))
         for socket in node.get("outputs", []):
             socket["links"] = sorted(renumber[link] for link in socket.get("links") or []) or None
-    if files(prompt):
-        nodes.append(_note(len(nodes) + 1, note(prompt)))
+    nodes.append(_note(len(nodes) + 1, note(name, prompt)))
     groups = arrange(nodes, links)
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/workflows/{name}")),
@@ -210,7 +223,7 @@ def _finished_node(node: dict[str, Any], sizes: dict[str, list[int]]) -> dict[st
 def _note(number: int, text: str) -> dict[str, Any]:
     return {
         "id": number, "type": NOTE, "pos": [0, 0], "size": list(SIZES[NOTE]), "flags": {}, "order": 0, "mode": 0,
-        "inputs": [], "outputs": [], "title": "Models", "properties": {}, "widgets_values": [text],
+        "inputs": [], "outputs": [], "title": "About", "properties": {}, "widgets_values": [text],
     }  # fmt: skip
 
 
@@ -234,6 +247,7 @@ def arrange(nodes: list[dict[str, Any]], links: Sequence[Sequence[Any]]) -> list
         for group in GROUPS:
             members = [node for node in nodes if homes[node["id"]] is group]
             if group.band == band and members:
+                members.sort(key=lambda node: node["type"] in VIEWERS)
                 columns = _columns([node["id"] for node in members], sources)
                 width, height = _place([[by_id[i] for i in column] for column in columns], left, top)
                 box = [left, top, width, height]
@@ -316,9 +330,9 @@ def work(arguments: list[str]) -> int:
     prompts = [demo.read(name) for name in names]
     found = host.bring(needs=(*host.RUNTIME_MODULES, "skimage", "playwright"))
     base = host.HOME / "base"
-    for prompt in prompts:
-        demo.show_photo(prompt, None, base, found.python)
-    demo.make_stand_ins(found, base, prompts)
+    models = sorted({file for prompt in prompts for file in demo.files(prompt)})
+    if subprocess.run([found.python, "-c", PREPARE, base, *models], cwd=host.ROOT).returncode:
+        raise host.HostError("the stand-in models and the photos could not be made, see above")
     try:
         with serve(found, base) as server:
             make_all(server, names)

@@ -1,0 +1,49 @@
+"""CLIP image encoders: the names of their architectures, and which of their layers the adapters read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+# (width, layers, patch, image size) -> the architecture's name in encoder ids
+ARCHITECTURES = {
+    (768, 12, 32, 224): "vit-b-32",
+    (768, 12, 16, 224): "vit-b-16",
+    (1024, 24, 14, 224): "vit-l-14",
+    (1024, 24, 14, 336): "vit-l-14-336",
+    (1280, 32, 14, 224): "vit-h-14",
+    (1408, 40, 14, 224): "vit-g-14",
+    (1664, 48, 14, 224): "vit-bigg-14",
+}
+
+# Where the published towers do not have heads of 64: width -> width of a head.
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+
+# Which layers on which crops the pack's adapters read; of other architectures, what a base adapter reads.
+LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "vit-h-14": {
+        "photo": ("projected", "penultimate"),
+        "head": ("projected", "penultimate"),
+        "face224": ("penultimate", "last"),
+        "face256": ("penultimate",),
+    },
+    "vit-bigg-14": {"photo": ("projected",), "head": ("projected",)},
+    "vit-l-14-336": {"photo": ("penultimate",), "face336": ("penultimate",)},
+}
+OTHER_LAYERS = {"photo": ("projected", "penultimate")}
+
+
+def architecture(width: int, layers: int, patch: int, size: int) -> str:
+    """The name of a vision transformer; one that the table does not have is named by its numbers."""
+    return ARCHITECTURES.get((width, layers, patch, size), f"vit-{width}-{layers}-{patch}-{size}")
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """A sha256, 64 hex digits, over the names, shapes and first values of all weights."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        first = weights[key].flatten()[:16].float().tolist()
+        digest.update(f"{key} {tuple(weights[key].shape)} {first}".encode())
+    return digest.hexdigest()

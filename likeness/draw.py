@@ -1,0 +1,104 @@
+"""Drawing on pictures, in plain torch: numbered boxes, and the key points that InstantID's ControlNet reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import Face
+
+CHOSEN, FOUND = (0.2, 0.9, 0.3), (1.0, 0.6, 0.1)
+
+# Five by seven pixels a sign, a row a string.
+SIGNS = {
+    "0": "01110 10001 10011 10101 11001 10001 01110",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "01110 10001 00001 00110 00001 10001 01110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
+    ".": "00000 00000 00000 00000 00000 01100 01100",
+    "-": "00000 00000 00000 11111 00000 00000 00000",
+}
+
+# InstantID: the points red, green, blue, yellow, magenta; every limb ends at the nose and has its outer point's colour.
+KPS_COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0))
+LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))
+STICK, DIMMED, DOT = 4.0, 0.6, 10.0
+
+
+def _grid(height: int, width: int) -> Tensor:
+    """The place of every pixel, [H, W, 2] as x, y."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack((x, y), dim=-1).double()
+
+
+def _paint(picture: Tensor, where: Tensor, colour: tuple[float, float, float]) -> Tensor:
+    return torch.where(where[..., None], torch.tensor(colour, dtype=picture.dtype), picture)
+
+
+def text_mask(text: str, scale: int) -> Tensor:
+    """A line of digits, dots and minus signs as a mask [7 * scale, ...]."""
+    rows = [[int(bit) for sign in text for bit in f"{SIGNS[sign].split()[row]}0"] for row in range(7)]
+    return torch.tensor(rows, dtype=torch.bool).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
+def mark(picture: Tensor, face: Face, text: str, colour: tuple[float, float, float]) -> Tensor:
+    """A picture [H, W, 3] with a face's box, its points, and a line of digits in the box's corner."""
+    height, width = picture.shape[:2]
+    thick = max(2, round(max(height, width) / 300))
+    at = _grid(height, width)
+    low, high = face.box[:2].double(), face.box[2:].double()
+    inside = ((at >= low - thick) & (at <= high + thick)).all(-1)
+    core = ((at >= low) & (at <= high)).all(-1)
+    out = _paint(picture, inside & ~core, colour)
+    for point in face.kps.double():
+        out = _paint(out, (at - point).norm(dim=-1) <= thick, colour)
+    sign = text_mask(text, max(2, thick))
+    left = int(low[0].clamp(0, max(0, width - sign.shape[1])))
+    top = int(low[1].clamp(0, max(0, height - sign.shape[0])))
+    sign = sign[: height - top, : width - left]
+    patch = out[top : top + sign.shape[0], left : left + sign.shape[1]]
+    ink = torch.tensor(colour, dtype=out.dtype)
+    out = out.clone()
+    out[top : top + sign.shape[0], left : left + sign.shape[1]] = torch.where(sign[..., None], ink, patch * 0.3)
+    return out
+
+
+def key_points(faces: list[Tensor], height: int, width: int) -> Tensor:
+    """Five points [5, 2] per face on black, [H, W, 3], as InstantID's own drawing has them."""
+    at, out = _grid(height, width), torch.zeros(height, width, 3)
+    for points in (p.double() for p in faces):
+        for outer, nose in LIMBS:
+            a, b = points[outer], points[nose]
+            length = float((b - a).norm())
+            if length:
+                along = (b - a) / length
+                offset = at - (a + b) / 2
+                u, v = offset @ along, offset @ torch.stack((-along[1], along[0]))
+                out = _paint(out, (u / (length / 2)) ** 2 + (v / STICK) ** 2 <= 1, KPS_COLOURS[outer])
+    out = out * DIMMED
+    for points in faces:
+        for point, colour in zip(points.double(), KPS_COLOURS, strict=True):
+            out = _paint(out, (at - point).norm(dim=-1) <= DOT, colour)
+    return out
+
+
+def letterbox(pictures: list[Tensor], longest: int = 1024) -> Tensor:
+    """Pictures of any sizes [h, w, 3] as one batch [n, H, W, 3]: shrunk to fit where need be, centred on black."""
+    fitted = []
+    for picture in pictures:
+        scale = min(1.0, longest / max(picture.shape[:2]))
+        size = [max(1, round(side * scale)) for side in picture.shape[:2]]
+        moved = picture.movedim(-1, 0)[None].float()
+        fitted.append(torch.nn.functional.interpolate(moved, size, mode="bilinear", antialias=True)[0].movedim(0, -1))
+    height, width = max(p.shape[0] for p in fitted), max(p.shape[1] for p in fitted)
+    out = torch.zeros(len(fitted), height, width, 3)
+    for canvas, picture in zip(out, fitted, strict=True):
+        top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return out.clamp(0, 1)

@@ -1,0 +1,66 @@
+"""The workflows of the repository, smaller variants of their prompts, and what the server makes of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from comfyui_likeness.tools import demo
+from comfyui_likeness.tools.server import Server
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = ROOT / "workflows"
+NAMES = demo.names()
+SMALL: dict[str, dict[str, Any]] = {
+    "EmptyLatentImage": {"width": 128, "height": 128},
+    "LikenessFaceKeyPoints": {"width": 128, "height": 128},
+    "KSampler": {"steps": 2},
+}
+
+Prompt = dict[str, Any]
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def small(name: str, **changes: dict[str, Any]) -> Prompt:
+    """A prompt of the repository for a small picture in few steps; `changes` are inputs by class."""
+    prompt = copy.deepcopy(demo.read(name))
+    for node in prompt.values():
+        node["inputs"] |= SMALL.get(node["class_type"], {}) | changes.get(node["class_type"], {})
+    return prompt
+
+
+def bare(prompt: Prompt) -> Prompt:
+    """The prompt without its Apply nodes: whoever took their model takes the one that they took."""
+    gone = {key: node for key, node in prompt.items() if node["class_type"] == "LikenessApplyDecoupled"}
+    rest = {key: copy.deepcopy(node) for key, node in prompt.items() if key not in gone}
+    for node in rest.values():
+        for name, value in node["inputs"].items():
+            while isinstance(value, list) and value[0] in gone:
+                value = gone[value[0]]["inputs"]["model"]
+            node["inputs"][name] = value
+    return rest
+
+
+def pixels(server: Server, entry: dict[str, Any]) -> np.ndarray:
+    """The one picture that a run saved, [height, width, 3] uint8."""
+    saved = [file for file in server.files(entry) if file.is_relative_to(server.output)]
+    assert len(saved) == 1, saved
+    with Image.open(saved[0]) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def paint(server: Server, prompt: Prompt) -> np.ndarray:
+    return pixels(server, server.queue(prompt))
+
+
+def cached(entry: dict[str, Any]) -> set[str]:
+    """The nodes that a run took from the server's cache."""
+    told = entry["status"]["messages"]
+    return {node for kind, message in told if kind == "execution_cached" for node in message["nodes"]}

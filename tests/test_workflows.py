@@ -1,0 +1,131 @@
+"""Every workflow is valid and runs through the real server on stand-in models and a real photo."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from comfyui_likeness.tools import demo
+from comfyui_likeness.tools.server import ServerError
+from flows import NAMES, WORKFLOWS, bare, cached, paint, pixels, small, workflow
+from PIL import Image
+from safetensors import safe_open
+
+pytest_plugins = ["served"]
+
+PAINTING = [name for name in NAMES if any(node["class_type"] == "SaveImage" for node in demo.read(name).values())]
+WEAK = {"LikenessApplyDecoupled": {"strength": 0.0}}
+
+
+def declared(info: dict[str, Any]) -> dict[str, Any]:
+    return {**info["input"].get("required", {}), **(info["input"].get("optional") or {})}
+
+
+def accepts(wanted: str, given: str) -> bool:
+    return wanted == "*" or bool(set(wanted.split(",")) & set(given.split(",")))
+
+
+def test_the_folder_holds_the_workflows_and_their_thumbnails_alone():
+    assert sorted(file.name for file in WORKFLOWS.iterdir()) == sorted(
+        f"{name}{suffix}" for name in NAMES for suffix in (".json", ".jpg")
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail_is_a_small_picture(name):
+    file = WORKFLOWS / f"{name}.jpg"
+    with Image.open(file) as picture:
+        assert picture.format == "JPEG" and picture.width <= 1280 and picture.height <= 720
+        assert np.asarray(picture).std() > 5
+    assert file.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_has_no_overlaps_and_names_its_pack(name):
+    nodes = workflow(name)["nodes"]
+    boxes = [(*node["pos"], *node["size"]) for node in nodes]
+    for i, (x, y, width, height) in enumerate(boxes):
+        for other_x, other_y, other_width, other_height in boxes[:i]:
+            apart_x = x >= other_x + other_width or other_x >= x + width
+            apart_y = y - 30 >= other_y + other_height or other_y - 30 >= y + height  # a title bar is 30 high
+            assert apart_x or apart_y, nodes[i]["type"]
+    own = [node for node in nodes if node["type"].startswith("Likeness")]
+    assert own and all(node["properties"]["cnr_id"] == "likeness-identity" for node in own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompt_fits_what_the_server_declares(name, info):
+    prompt = demo.read(name)
+    for node in prompt.values():
+        about = info[node["class_type"]]
+        names = declared(about)
+        grown = {key for key, (kind, *_) in names.items() if kind == "COMFY_AUTOGROW_V3"}
+        for key, value in node["inputs"].items():
+            root = key.partition(".")[0]
+            assert key in names or root in grown, (node["class_type"], key)
+            if isinstance(value, list):
+                given = info[prompt[value[0]]["class_type"]]["output"][value[1]]
+                wanted = names[key][0] if key in names else names[root][1]["template"]["input"]["required"]
+                wanted = wanted if isinstance(wanted, str) else next(iter(wanted.values()))[0]
+                assert accepts(wanted, given), (node["class_type"], key, wanted, given)
+        missing = set(about["input"].get("required", {})) - set(node["inputs"]) - grown
+        assert not missing, (node["class_type"], missing)
+
+
+def test_a_library_is_made(server):
+    folder = server.base / "models" / "identities"
+    before = time.time_ns()
+    entry = server.queue(small("identity_library_make"))
+    found = {}
+    for name in ("anna", "bert"):
+        file = folder / f"{name}.safetensors"
+        assert file.stat().st_mtime_ns > before or "save" in str(cached(entry))
+        with safe_open(file, "np") as tensors:
+            key = next(key for key in tensors.keys() if key.startswith("embedding/arcface"))  # noqa: SIM118
+            vectors = tensors.get_tensor(key).astype(np.float64)
+        mean = vectors.reshape(-1, vectors.shape[-1]).mean(0)
+        found[name] = mean / np.linalg.norm(mean)
+    assert np.isfinite(found["anna"]).all() and found["anna"] @ found["bert"] < 0.99
+    assert any("anna" in text for text in entry["outputs"]["likeness"]["text"])
+
+
+@pytest.mark.parametrize("name", PAINTING)
+def test_workflow_paints_and_strength_0_is_no_node(name, server):
+    prompt = small(name)
+    entry = server.queue(prompt)
+    with_identity = pixels(server, entry)
+    assert with_identity.shape == (128, 128, 3)
+    assert with_identity.std() > 2 and len(np.unique(with_identity.reshape(-1, 3), axis=0)) > 100
+    again = server.queue(prompt)
+    assert cached(again) == set(prompt)
+    without = paint(server, bare(prompt))
+    assert np.array_equal(paint(server, small(name, **WEAK)), without)
+    assert not np.array_equal(with_identity, without)
+
+
+def test_another_face_paints_another_picture(server):
+    one = paint(server, small("portrait_faceid_plusv2"))
+    other = paint(server, small("portrait_faceid_plusv2", LoadImage={"image": "other_person.png"}))
+    assert not np.array_equal(one, other)
+
+
+def test_interrupted_run_leaves_no_trace(server):
+    prompt = small("portrait_faceid_plusv2", KSampler={"steps": 3})
+    expected = paint(server, prompt)
+    number = server.submit(small("portrait_faceid_plusv2", KSampler={"steps": 2000}))
+    while not server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(1)
+    server.interrupt()
+    assert "execution_interrupted" in [kind for kind, _ in server.wait(number)["status"]["messages"]]
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    entry = server.queue(prompt)
+    assert "sampler" not in cached(entry)
+    assert np.array_equal(pixels(server, entry), expected)
+
+
+def test_a_prompt_that_is_not_valid_is_refused(server):
+    with pytest.raises(ServerError, match="LikenessLoadAdapter"):
+        server.submit(small("portrait_plus_face", LikenessLoadAdapter={"file": "not there.safetensors"}))

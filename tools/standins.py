@@ -1,0 +1,282 @@
+"""Stand-ins for weights that cannot be shipped: real layouts and names, natively recognised, small, made from seeds.
+
+`python -m tools.standins BASE [NAME ...]` writes them below BASE/models. Every attention of the base models is there,
+320 channels wide; text and image encoders have their full size, as a host knows them by it. Adapters keep their names
+and shapes but for the width of the layers that they attend from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import standin_faces
+
+RECIPE = 1  # raise it when what is written here changes
+LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
+WIDTH = 320
+LORA = 0.02
+
+UNET: dict[str, Any] = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": WIDTH, "use_spatial_transformer": True,
+    "legacy": False, "dims": 2,
+}  # fmt: skip
+SD15 = {
+    **UNET, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 1, 1, 1], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1, "context_dim": 768,
+    "num_heads": 8,
+}  # fmt: skip
+SDXL = {
+    **UNET, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 1, 1], "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
+    "num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "num_classes": "sequential",
+    "adm_in_channels": 2816,
+}  # fmt: skip
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@lru_cache
+def _pool() -> Tensor:
+    return torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+
+
+def noise(key: str, shape: tuple[int, ...]) -> Tensor:
+    """Normal noise that depends on the key: pieces of one pool, as drawing a billion numbers takes a minute."""
+    pool, count = _pool(), torch.Size(shape).numel()
+    rolled = pool.roll(zlib.crc32(key.encode()) % len(pool))
+    return rolled.repeat(-(-count // len(pool)))[:count].view(shape)
+
+
+def weight(key: str, shape: tuple[int, ...]) -> Tensor:
+    """A value under which activations stay near unit size: by fan-in, norms at one, biases at zero."""
+    if len(shape) < 2:
+        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+    if "embedding" in key or "latents" in key:
+        return noise(key, shape) * LORA
+    fan_in = torch.Size(shape[1:]).numel()
+    return noise(key, shape) * (LORA if "_lora." in key else 0.7 / fan_in**0.5)
+
+
+def fill(shapes: Shapes, dtype: torch.dtype = torch.float16, prefix: str = "") -> dict[str, Tensor]:
+    """A state dict of these shapes."""
+    return {prefix + key: weight(key, tuple(shape)).to(dtype) for key, shape in shapes.items()}
+
+
+def _bring_host() -> None:
+    """Make the ComfyUI of COMFYUI_PATH importable, on the CPU."""
+    host = os.environ["COMFYUI_PATH"]
+    if host not in sys.path:
+        sys.path.insert(0, host)
+    argv, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401  (reads sys.argv once)
+
+    sys.argv = argv
+
+
+def shapes_of(make: Callable[[], torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's state dict, without its memory."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in make().state_dict().items()}
+
+
+def unet(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    operations = comfy.ops.disable_weight_init
+    copy = json.loads(json.dumps(config))  # the host's module consumes the lists
+    return shapes_of(lambda: UNetModel(dtype=torch.float32, device="meta", operations=operations, **copy))
+
+
+def clip_text(config: str, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A text encoder in the transformers layout, its configuration read from the host."""
+    import comfy.clip_model
+    import comfy.ops
+    import comfy.sd1_clip
+
+    settings = json.loads((Path(comfy.sd1_clip.__file__).parent / config).read_text())
+    operations = comfy.ops.disable_weight_init
+    shapes = shapes_of(lambda: comfy.clip_model.CLIPTextModel(settings, torch.float32, "meta", operations))
+    return fill({key: shape for key, shape in shapes.items() if key.startswith("text_model.")}, dtype, prefix)
+
+
+def open_clip_text(prefix: str, dtype: torch.dtype, width: int = 1280, layers: int = 32) -> dict[str, Tensor]:
+    """SDXL's second text encoder, ViT-bigG's, in the OpenCLIP layout of published checkpoints."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (77, width), "text_projection": (width, width), "token_embedding.weight": (49408, width),
+        "ln_final.weight": (width,), "ln_final.bias": (width,), "logit_scale": (),
+    }  # fmt: skip
+    for i in range(layers):
+        block = f"transformer.resblocks.{i}."
+        shapes |= {f"{block}{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        shapes |= {f"{block}attn.in_proj_weight": (3 * width, width), f"{block}attn.in_proj_bias": (3 * width,)}
+        for name, rows, columns in (("attn.out_proj", 1, 1), ("mlp.c_fc", 4, 1), ("mlp.c_proj", 1, 4)):
+            shapes |= {f"{block}{name}.weight": (rows * width, columns * width), f"{block}{name}.bias": (rows * width,)}
+    return fill(shapes, dtype, prefix)
+
+
+def taesd(scale: float) -> dict[str, Tensor]:
+    """A small VAE that the host knows: TAESD."""
+    from comfy.taesd.taesd import Decoder, Encoder
+
+    out = {"first_stage_model.vae_scale": torch.tensor(scale), "first_stage_model.vae_shift": torch.tensor(0.0)}
+    for name, module in (("taesd_encoder", Encoder), ("taesd_decoder", Decoder)):
+        out |= fill(shapes_of(partial(module, 4)), torch.float32, f"first_stage_model.{name}.")
+    return out
+
+
+def checkpoint_sd15() -> dict[str, Tensor]:
+    text = clip_text("sd1_clip_config.json", "cond_stage_model.transformer.", torch.float16)
+    return fill(unet(SD15), prefix="model.diffusion_model.") | text | taesd(0.18215)
+
+
+def checkpoint_sdxl() -> dict[str, Tensor]:
+    small = clip_text("sd1_clip_config.json", "conditioner.embedders.0.transformer.", torch.float8_e4m3fn)
+    large = open_clip_text("conditioner.embedders.1.model.", torch.float8_e4m3fn)
+    return fill(unet(SDXL), prefix="model.diffusion_model.") | small | large | taesd(0.13025)
+
+
+def controlnet_sdxl() -> dict[str, Tensor]:
+    """A ControlNet that fits the SDXL stand-in, in the layout of the method's authors."""
+    import comfy.ops
+    from comfy.cldm.cldm import ControlNet
+
+    config = {key: value for key, value in SDXL.items() if key not in ("out_channels", "transformer_depth_output")}
+    config = json.loads(json.dumps(config))
+    operations = comfy.ops.disable_weight_init
+    shapes = shapes_of(
+        lambda: ControlNet(hint_channels=3, dtype=torch.float32, device="meta", operations=operations, **config)
+    )
+    return fill(shapes, prefix="control_model.")
+
+
+def clip_vision_h() -> dict[str, Tensor]:
+    import comfy.clip_model
+    import comfy.ops
+
+    settings = json.loads((Path(comfy.clip_model.__file__).parent / "clip_vision_config_h.json").read_text())
+    operations = comfy.ops.disable_weight_init
+    return fill(
+        shapes_of(lambda: comfy.clip_model.CLIPVisionModelProjection(settings, torch.float32, "meta", operations))
+    )
+
+
+def adapter(layout: str, width: int | None = WIDTH) -> dict[str, Tensor]:
+    """A published adapter file from seeds, dotted names; its layers `width` wide, or as published where None."""
+    shapes = {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{layout}.json").read_text()).items()}
+    return fill(shapes if width is None else {key: narrowed(key, shape, width) for key, shape in shapes.items()})
+
+
+def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """A shape with the hidden widths of SD1.5 and SDXL replaced; the text's and the projector's stay."""
+    if not key.startswith("ip_adapter."):
+        return shape
+    return tuple(width if size in (320, 640, 1280) else size for size in shape)
+
+
+def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The groups of a `.bin` file."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        group, rest = key.split(".", 1)
+        out.setdefault(group, {})[rest] = value
+    return out
+
+
+Make = Callable[[], dict[str, Tensor]]
+
+ADAPTERS = {
+    "ip-adapter_sd15.safetensors": "ip-adapter_sd15",
+    "ip-adapter_sd15_vit-G.safetensors": "ip-adapter_sd15_vit-G",
+    "ip-adapter-plus_sd15.safetensors": "ip-adapter-plus_sd15",
+    "ip-adapter-plus-face_sd15.safetensors": "ip-adapter-plus_sd15",
+    "ip-adapter-full-face_sd15.safetensors": "ip-adapter-full-face_sd15",
+    "ip-adapter_sdxl.safetensors": "ip-adapter_sdxl",
+    "ip-adapter_sdxl_vit-h.safetensors": "ip-adapter_sdxl_vit-h",
+    "ip-adapter-plus_sdxl_vit-h.safetensors": "ip-adapter-plus_sdxl_vit-h",
+    "ip-adapter-faceid_sd15.bin": "ip-adapter-faceid_sd15",
+    "ip-adapter-faceid_sdxl.bin": "ip-adapter-faceid_sdxl",
+    "ip-adapter-faceid-plus_sd15.bin": "ip-adapter-faceid-plus_sd15",
+    "ip-adapter-faceid-plusv2_sd15.bin": "ip-adapter-faceid-plus_sd15",
+    "ip-adapter-faceid-plusv2_sdxl.bin": "ip-adapter-faceid-plusv2_sdxl",
+    "ip-adapter-faceid-portrait_sd15.bin": "ip-adapter-faceid-portrait_sd15",
+    "ip-adapter-faceid-portrait_sdxl.bin": "ip-adapter-faceid-portrait_sdxl",
+    "ip-adapter-faceid-portrait_sdxl_unnorm.bin": "ip-adapter-faceid-portrait_sdxl_unnorm",
+}
+
+# The name by which a workflow names the file -> its folder below models, and what makes it
+WEIGHTS: dict[str, tuple[str, Make]] = {
+    "v1-5-pruned-emaonly-fp16.safetensors": ("checkpoints", checkpoint_sd15),
+    "sd_xl_base_1.0.safetensors": ("checkpoints", checkpoint_sdxl),
+    "instantid/diffusion_pytorch_model.safetensors": ("controlnet", controlnet_sdxl),
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
+    "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
+    **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
+}
+
+# Model pack -> file -> what writes it
+PACKS: dict[str, dict[str, Callable[[Path], None]]] = {
+    "buffalo_l": {
+        "det_10g.onnx": standin_faces.detector,
+        "w600k_r50.onnx": partial(standin_faces.recogniser, seed=1),
+    },
+    "antelopev2": {
+        "scrfd_10g_bnkps.onnx": standin_faces.detector,
+        "glintr100.onnx": partial(standin_faces.recogniser, seed=2),
+    },
+}
+
+
+def make(base: Path, names: Iterable[str] | None = None) -> dict[str, Path]:
+    """Write the stand-ins with these names that are not there yet, and the face packs; all of them where None.
+
+    Names that are no stand-in's are left out. Gives the files by name.
+    """
+    wanted = [name for name in (WEIGHTS if names is None else names) if name in WEIGHTS]
+    models = base / "models"
+    done = {name: models / WEIGHTS[name][0] / name for name in wanted}
+    for name, path in done.items():
+        write(path, partial(_save, WEIGHTS[name][1]))
+    for pack, files in PACKS.items():
+        for file, maker in files.items():
+            done[f"{pack}/{file}"] = path = models / "insightface" / "models" / pack / file
+            write(path, maker)
+    return done
+
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Have a file written whole or not at all, once per recipe."""
+    stamp = path.with_name(f".{path.name}.recipe")
+    if path.is_file() and stamp.is_file() and stamp.read_text() == str(RECIPE):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part.{path.name}")
+    save(part)
+    os.replace(part, path)
+    stamp.write_text(str(RECIPE))
+
+
+def _save(make: Make, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    _bring_host()
+    tensors = {key: value.contiguous() for key, value in make().items()}
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(nested(tensors), path)
+
+
+if __name__ == "__main__":
+    for name, path in make(Path(sys.argv[1]), sys.argv[2:] or None).items():
+        print(f"{name}: {path} ({path.stat().st_size / 2**20:.0f} MiB)")
