@@ -19,7 +19,9 @@ ARCHITECTURES = {
 }
 
 # Where the published towers do not have heads of 64: width -> width of a head.
-HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+
+QUICK = ("openai", "quickgelu", "dfn", "metaclip")
 
 # Which layers on which crops the pack's adapters read; of other architectures, what a base adapter reads.
 LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -40,10 +42,21 @@ def architecture(width: int, layers: int, patch: int, size: int) -> str:
     return ARCHITECTURES.get((width, layers, patch, size), f"vit-{width}-{layers}-{patch}-{size}")
 
 
+def is_quick(name: str, file: str) -> bool:
+    """Whether a network of this architecture, from a file of this name, was trained with QuickGELU.
+
+    OpenAI and those who went on from its code did; for ViT-L/14-336 there is nothing else.
+    """
+    return name == "vit-l-14-336" or any(word in file.lower() for word in QUICK)
+
+
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """A sha256, 64 hex digits, over the names, shapes and first values of all weights."""
+    """A sha256, 64 hex digits, over the names, shapes and first values of all weights.
+
+    Values count in half precision, as that is what a file may hold and what a machine may load it to.
+    """
     digest = hashlib.sha256()
     for key in sorted(weights):
-        first = weights[key].flatten()[:16].float().tolist()
+        first = weights[key].flatten()[:16].half().float().tolist()
         digest.update(f"{key} {tuple(weights[key].shape)} {first}".encode())
     return digest.hexdigest()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .spec import Face
 
+Colour = tuple[float, float, float]
 CHOSEN, FOUND = (0.2, 0.9, 0.3), (1.0, 0.6, 0.1)
 
 # Five by seven pixels a sign, a row a string.
@@ -37,7 +39,7 @@ def _grid(height: int, width: int) -> Tensor:
     return torch.stack((x, y), dim=-1).double()
 
 
-def _paint(picture: Tensor, where: Tensor, colour: tuple[float, float, float]) -> Tensor:
+def _paint(picture: Tensor, where: Tensor, colour: Colour) -> Tensor:
     return torch.where(where[..., None], torch.tensor(colour, dtype=picture.dtype), picture)
 
 
@@ -47,25 +49,26 @@ def text_mask(text: str, scale: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.bool).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
 
 
-def mark(picture: Tensor, face: Face, text: str, colour: tuple[float, float, float]) -> Tensor:
+def mark(picture: Tensor, face: Face, text: str, colour: Colour) -> Tensor:
     """A picture [H, W, 3] with a face's box, its points, and a line of digits in the box's corner."""
     height, width = picture.shape[:2]
     thick = max(2, round(max(height, width) / 300))
-    at = _grid(height, width)
-    low, high = face.box[:2].double(), face.box[2:].double()
-    inside = ((at >= low - thick) & (at <= high + thick)).all(-1)
-    core = ((at >= low) & (at <= high)).all(-1)
-    out = _paint(picture, inside & ~core, colour)
-    for point in face.kps.double():
-        out = _paint(out, (at - point).norm(dim=-1) <= thick, colour)
+    out, ink = picture.clone(), torch.tensor(colour, dtype=picture.dtype)
+    x0, y0, x1, y1 = (round(value) for value in face.box.tolist())
+    for left, top, right, bottom in (
+        (x0 - thick, y0 - thick, x1 + thick, y0),
+        (x0 - thick, y1, x1 + thick, y1 + thick),
+        (x0 - thick, y0, x0, y1),
+        (x1, y0, x1 + thick, y1),
+    ):
+        out[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = ink
+    for x, y in face.kps.round().int().tolist():
+        out[max(0, y - thick) : max(0, y + thick + 1), max(0, x - thick) : max(0, x + thick + 1)] = ink
     sign = text_mask(text, max(2, thick))
-    left = int(low[0].clamp(0, max(0, width - sign.shape[1])))
-    top = int(low[1].clamp(0, max(0, height - sign.shape[0])))
+    left, top = max(0, min(x0, width - sign.shape[1])), max(0, min(y0, height - sign.shape[0]))
     sign = sign[: height - top, : width - left]
     patch = out[top : top + sign.shape[0], left : left + sign.shape[1]]
-    ink = torch.tensor(colour, dtype=out.dtype)
-    out = out.clone()
-    out[top : top + sign.shape[0], left : left + sign.shape[1]] = torch.where(sign[..., None], ink, patch * 0.3)
+    patch.copy_(torch.where(sign[..., None], ink, patch * 0.3))
     return out
 
 
@@ -88,17 +91,21 @@ def key_points(faces: list[Tensor], height: int, width: int) -> Tensor:
     return out
 
 
-def letterbox(pictures: list[Tensor], longest: int = 1024) -> Tensor:
-    """Pictures of any sizes [h, w, 3] as one batch [n, H, W, 3]: shrunk to fit where need be, centred on black."""
-    fitted = []
-    for picture in pictures:
-        scale = min(1.0, longest / max(picture.shape[:2]))
-        size = [max(1, round(side * scale)) for side in picture.shape[:2]]
-        moved = picture.movedim(-1, 0)[None].float()
-        fitted.append(torch.nn.functional.interpolate(moved, size, mode="bilinear", antialias=True)[0].movedim(0, -1))
-    height, width = max(p.shape[0] for p in fitted), max(p.shape[1] for p in fitted)
-    out = torch.zeros(len(fitted), height, width, 3)
-    for canvas, picture in zip(out, fitted, strict=True):
+def shrink(picture: Tensor, longest: int = 1024) -> tuple[Tensor, float]:
+    """A picture [h, w, 3] whose longer side is at most `longest` pixels, and by what its places are to be scaled."""
+    scale = min(1.0, longest / max(picture.shape[:2]))
+    if scale == 1:
+        return picture, scale
+    size = [max(1, round(side * scale)) for side in picture.shape[:2]]
+    moved = picture.movedim(-1, 0)[None].float()
+    return interpolate(moved, size, mode="bilinear", antialias=True)[0].movedim(0, -1), scale
+
+
+def letterbox(pictures: list[Tensor]) -> Tensor:
+    """Pictures of any sizes [h, w, 3] as one batch [n, H, W, 3], each in the middle, on black."""
+    height, width = max(p.shape[0] for p in pictures), max(p.shape[1] for p in pictures)
+    out = torch.zeros(len(pictures), height, width, 3)
+    for canvas, picture in zip(out, pictures, strict=True):
         top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
         canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return out.clamp(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import comfy.model_management
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from ..likeness import clip, draw, faces
 from ..likeness.identity import cosine_matrix, outliers
-from ..likeness.spec import FACE_SIZES, Feature, Identity
+from ..likeness.spec import FACE_SIZES, Face, Feature, Identity
 from . import types
 from .photos import Choice, Taken, split, take_all
 
 PICKS = (*faces.PICKS, faces.NTH, faces.ALIKE, faces.WHOLE)
+PIXELS = 1 << 22  # of the pictures that go through an encoder at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder
         if crop != "photo" and not crops_known:
             continue
         comfy.model_management.throw_exception_if_processing_interrupted()
-        made = [encoder.encode(picture[None]) for picture in cut(taken, heads, crop)]
+        made = [encoder.encode(batch) for batch in batches(cut(taken, heads, crop))]
         for layer in layers:
             key = Feature(f"clip.{encoder.architecture}", layer, crop).id(encoder.sha256)
             out.embeddings[key] = torch.cat([one[layer] for one in made]).half().cpu()
@@ -94,8 +96,15 @@ def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder
 
 
 def _encoder(given: Any) -> types.Encoder | None:
-    """What came through a socket that takes IMAGE_ENCODER or CLIP_VISION."""
-    return HostEncoder(given) if isinstance(given, ClipVisionModel) else given
+    """What came through a socket that takes IMAGE_ENCODER or CLIP_VISION. Raises ValueError where it is no CLIP."""
+    if not isinstance(given, ClipVisionModel):
+        return given
+    if given.model_type != "clip_vision_model":
+        raise ValueError(
+            f"got a CLIP_VISION of the kind {given.model_type}; expected a CLIP image encoder; load CLIP ViT-H/14, "
+            "which most adapters need, or the one that the adapter's report names"
+        )
+    return HostEncoder(given)
 
 
 def cut(taken: Sequence[Taken], heads: Tensor, crop: str) -> list[Tensor]:
@@ -105,6 +114,14 @@ def cut(taken: Sequence[Taken], heads: Tensor, crop: str) -> list[Tensor]:
     if crop == "head":
         return list(heads.float() / 255)
     return [faces.align(one.photo, one.face.kps, FACE_SIZES[crop]) for one in taken]
+
+
+def batches(pictures: Sequence[Tensor]) -> list[Tensor]:
+    """Pictures [H, W, 3] in order, as few batches of one size as that and memory allow."""
+    out: list[Tensor] = []
+    for shape, group in groupby(pictures, key=lambda picture: picture.shape):
+        out += torch.stack(list(group)).split(max(1, PIXELS // (shape[0] * shape[1])))
+    return out
 
 
 def encode(taken: Sequence[Taken], name: str, choice: Choice, encoder: types.Encoder | None) -> Identity:
@@ -134,9 +151,10 @@ def preview(taken: Sequence[Taken]) -> Tensor:
     """The photos with every face numbered from left to right, the taken one in green, [n, H, W, 3]."""
     pictures = []
     for one in taken:
-        picture = one.photo
+        picture, scale = draw.shrink(one.photo)
         for i, face in enumerate(one.found, 1):
-            picture = draw.mark(picture, face, str(i), draw.CHOSEN if face is one.face else draw.FOUND)
+            place = Face(face.box * scale, face.kps * scale, face.score)
+            picture = draw.mark(picture, place, str(i), draw.CHOSEN if face is one.face else draw.FOUND)
         pictures.append(picture)
     return draw.letterbox(pictures)
 

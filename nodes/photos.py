@@ -14,6 +14,8 @@ from ..likeness.spec import Face, Identity
 from ..likeness.sphere import mean
 from . import types
 
+LEAST = 16  # pixels a side
+
 
 @dataclass(frozen=True, eq=False)
 class Taken:
@@ -26,11 +28,16 @@ class Taken:
 
 
 def split(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Every picture of some batches as RGB [H, W, 3]. Raises ValueError on a NaN."""
+    """Every picture of some batches as RGB [H, W, 3]. Raises ValueError on a NaN, or where one is a mere strip."""
     pictures = [picture[..., :3].float().cpu() for batch in batches for picture in batch]
     broken = [i + 1 for i, picture in enumerate(pictures) if not picture.isfinite().all()]
     if broken:
         raise ValueError(f"got photo {broken[0]} with NaN or infinite pixels; expected 0 to 1; load the picture again")
+    strip = next((p for p in pictures if min(p.shape[:2]) < LEAST), None)
+    if strip is not None:
+        raise ValueError(
+            f"got a photo of {strip.shape[1]}x{strip.shape[0]} pixels; expected {LEAST} a side; use a larger photo"
+        )
     return pictures
 
 

@@ -25,5 +25,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def info(server: Server) -> dict[str, Any]:
+def info(server: Server, library: dict[str, Any]) -> dict[str, Any]:
+    """What the server says of its nodes, once there are identities to choose from."""
     return server.object_info()
+
+
+@pytest.fixture(scope="session")
+def library(server: Server) -> dict[str, Any]:
+    """The identities that identity_library_use reads, made by identity_library_make: the run's history entry."""
+    for name in ("anna", "bert"):
+        (server.base / "models" / "identities" / f"{name}.safetensors").unlink(missing_ok=True)
+    return server.queue(demo.read("identity_library_make"))

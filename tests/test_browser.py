@@ -18,7 +18,7 @@ ARTIFACTS = ROOT / "artifacts"
 
 
 @pytest.fixture(scope="module")
-def front(server) -> Iterator[frontend.FrontEnd]:
+def front(server, library) -> Iterator[frontend.FrontEnd]:
     with frontend.browser() as chromium:
         yield frontend.start(chromium, server.url)
 

@@ -20,6 +20,13 @@ ASTRONAUT = "import sys; from skimage import data, io; io.imsave(sys.argv[1], da
 STAND_INS = "import sys, pathlib; from tools import standins; standins.make(pathlib.Path(sys.argv[1]), sys.argv[2:])"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
+# Where weights are random a large picture shows no more, and takes minutes on a CPU.
+SMALL: dict[str, dict[str, int]] = {
+    "EmptyLatentImage": {"width": 256, "height": 256},
+    "LikenessFaceKeyPoints": {"width": 256, "height": 256},
+    "KSampler": {"steps": 4},
+}
+
 Prompt = dict[str, Any]
 
 
@@ -33,6 +40,13 @@ def read(name: str) -> Prompt:
     if name not in names():
         raise host.HostError(f"got the workflow {name!r}; expected one of {', '.join(names()) or 'none yet'}")
     return json.loads((PROMPTS / f"{name}.json").read_text())
+
+
+def small(prompt: Prompt) -> Prompt:
+    """The prompt for a small picture in few steps."""
+    return {
+        key: {**node, "inputs": {**node["inputs"], **SMALL.get(node["class_type"], {})}} for key, node in prompt.items()
+    }
 
 
 def photos(prompt: Prompt) -> set[str]:
@@ -114,6 +128,7 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
     """Run on small models with random weights, made in `.host/base/models`."""
     base = host.HOME / "base"
     host.say("using stand-in models with random weights: the pictures will be noise, only the plumbing is real")
+    prompt = small(prompt) if cpu else prompt
     show_photo(prompt, photo, base, found.python)
     words = [found.python, "-c", STAND_INS, base, *files(prompt)]
     if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:

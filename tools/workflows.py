@@ -60,6 +60,7 @@ GROUPS = (
     Group("Identity into the model", 1, "#3f7a5a", (f"{PREFIX}LoadAdapter", f"{PREFIX}ApplyDecoupled")),
     Group("Picture", 1, "#3f789e", ("KSampler", "VAEDecode", "SaveImage")),
 )  # fmt: skip
+LIBRARY = "identity_library_make"  # what it keeps, others load
 VIEWERS = ("PreviewImage", "PreviewAny")
 # Least sizes of nodes that grow when a picture or a text comes into them.
 SIZES = {
@@ -327,7 +328,7 @@ def work(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.workflows", description=__doc__)
     parser.add_argument("names", nargs="*", help="prompts to convert (default: all)")
     names = parser.parse_args(arguments).names or demo.names()
-    prompts = [demo.read(name) for name in names]
+    prompts = [demo.read(name) for name in {*names, LIBRARY}]
     found = host.bring(needs=(*host.RUNTIME_MODULES, "skimage", "playwright"))
     base = host.HOME / "base"
     models = sorted({file for prompt in prompts for file in demo.files(prompt)})
@@ -335,6 +336,7 @@ def work(arguments: list[str]) -> int:
         raise host.HostError("the stand-in models and the photos could not be made, see above")
     try:
         with serve(found, base) as server:
+            server.queue(demo.read(LIBRARY))
             make_all(server, names)
     except ServerError as error:
         raise host.HostError(str(error)) from error

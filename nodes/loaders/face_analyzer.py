@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -109,22 +109,38 @@ def load(name: str, provider: str) -> tuple[FaceAnalyzer, str]:
             "run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
         ) from error
     wanted = _wanted(provider, onnxruntime.get_available_providers())
-    try:
-        app = FaceAnalysis(str(folder), allowed_modules=["detection", "recognition"], providers=[*wanted, CPU])
-        app.prepare(ctx_id=0, det_size=(640, 640))
-        detector, recogniser = app.models["detection"], app.models["recognition"]
-    except Exception as error:
-        why = (str(error) or f"no detector among {', '.join(p.name for p in folder.glob('*.onnx'))}").splitlines()[0]
-        raise ValueError(
-            f"got the model pack {name}, which cannot be loaded ({why[:160]}); expected a detector and an ArcFace "
-            "recogniser as .onnx files; one may be cut short: unpack the pack again"
-        ) from error
+    detector, recogniser = _start(FaceAnalysis, folder, wanted, spare=provider == "auto")
     used = _used(provider, wanted, detector, recogniser)
     path = Path(recogniser.model_file)
     network = f"arcface.{RECOGNISERS.get(path.name, name.lower())}"
     analyzer = FaceAnalyzer(network, files.sha256(path), detector, recogniser)
     lines = [f"{name}: detector {Path(detector.model_file).name}, recogniser {path.name} ({network}), on {used}."]
+    if wanted[0] not in used:  # only auto comes here
+        lines.append(f"Warning: onnxruntime offers {wanted[0]}, but it did not start; check the driver for more speed.")
     return analyzer, "\n".join([*lines, *_both_packages()])
+
+
+def _start(analysis: Callable[..., Any], folder: Path, wanted: Sequence[str], spare: bool) -> tuple[Any, Any]:
+    """A pack's detector and recogniser on these providers, or with `spare` on the CPU where those break.
+
+    Raises ValueError where a file is broken or missing.
+    """
+    failed: Exception | None = None
+    for providers in (wanted, [CPU]) if spare else (wanted,):
+        try:
+            names = list(dict.fromkeys((*providers, CPU)))
+            app = analysis(str(folder), allowed_modules=["detection", "recognition"], providers=names)
+            app.prepare(ctx_id=0, det_size=(640, 640))
+            return app.models["detection"], app.models["recognition"]
+        except Exception as error:
+            failed = failed or error
+    there = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
+    known = {"": "no detector among them", "'recognition'": "no recogniser among them"}
+    why = known.get(str(failed)) or str(failed).splitlines()[0][:160]
+    raise ValueError(
+        f"got the model pack {folder.name} with {there}, which cannot be loaded ({why}); expected a detector and an "
+        "ArcFace recogniser; one may be cut short: unpack the pack again"
+    ) from failed
 
 
 def _wanted(provider: str, available: Sequence[str]) -> list[str]:

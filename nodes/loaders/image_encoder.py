@@ -17,6 +17,7 @@ from .. import types
 from . import files
 
 Layers = dict[str, Tensor]
+ACTIVATIONS = ("auto", "gelu", "quick_gelu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +38,20 @@ class OpenClipEncoder:
     def _run(self, pixels: Tensor) -> Layers:
         comfy.model_management.load_model_gpu(self.patcher)
         tower: Any = self.patcher.model
-        x = tower._embeds(pixels.to(tower.conv1.weight.dtype))
-        hidden: list[Tensor] = []
-        for block in tower.transformer.resblocks:
-            hidden.append(x)
-            x = block(x)
-        pooled, _ = tower._pool(x)
+        out = tower.forward_intermediates(
+            pixels.to(tower.conv1.weight.dtype), indices=2, output_fmt="NLC", output_extra_tokens=True
+        )
+        patches, heads = out["image_intermediates"], out["image_intermediates_prefix"]
+        penultimate, last = (torch.cat(pair, dim=1) for pair in zip(heads, patches, strict=True))
         device = comfy.model_management.intermediate_device()
-        made = {"projected": pooled @ tower.proj, "penultimate": hidden[-1], "last": x}
+        made = {"projected": out["image_features"], "penultimate": penultimate, "last": last}
         return {name: value.float().to(device) for name, value in made.items()}
 
 
-def load(file: str) -> OpenClipEncoder:
+def load(file: str, activation: str = "auto") -> OpenClipEncoder:
     """The vision tower of an OpenCLIP checkpoint, its architecture read from the weights. Raises ValueError."""
     try:
-        from open_clip.transformer import VisionTransformer
+        from open_clip.transformer import QuickGELU, VisionTransformer
     except ImportError as error:
         raise ValueError(
             f"got no open_clip ({error}); expected open_clip_torch beside ComfyUI; "
@@ -73,8 +73,12 @@ def load(file: str) -> OpenClipEncoder:
         ) from error
     size = round((positions - 1) ** 0.5) * patch
     heads = width // clip.HEAD_WIDTHS.get(width, 64)
+    name = clip.architecture(width, layers, patch, size)
+    quick = clip.is_quick(name, path.name) if activation == "auto" else activation == "quick_gelu"
+    ratio = (inner + 0.5) / width  # it comes back as int(width * ratio)
+    act_layer = QuickGELU if quick else torch.nn.GELU
     with torch.device("meta"):
-        tower = VisionTransformer(size, patch, width, layers, heads, inner / width, output_dim=embed)
+        tower = VisionTransformer(size, patch, width, layers, heads, ratio, output_dim=embed, act_layer=act_layer)
     try:
         keymaps.load(tower, weights)
     except ValueError as error:
@@ -84,7 +88,7 @@ def load(file: str) -> OpenClipEncoder:
     if mm.should_use_fp16(mm.text_encoder_device()) is False:
         tower.float()  # half precision is slow or missing on this device
     patcher = ModelPatcher(tower, mm.text_encoder_device(), mm.text_encoder_offload_device())
-    return OpenClipEncoder(clip.architecture(width, layers, patch, size), files.sha256(path), patcher, size)
+    return OpenClipEncoder(name, files.sha256(path), patcher, size)
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -103,17 +107,26 @@ class LoadImageEncoder(io.ComfyNode):
                     options=files.names("clip_vision"),
                     tooltip="OpenCLIP checkpoint in models/clip_vision (.safetensors, .bin or .pt).",
                 ),
+                io.Combo.Input(
+                    "activation",
+                    options=list(ACTIVATIONS),
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which GELU the network was trained with; the weights do not say. auto: quick_gelu for "
+                    "ViT-L/14-336 and for files named after OpenAI, DFN or MetaCLIP, else gelu.",
+                ),
             ],
             outputs=[types.ImageEncoder.Output(display_name="image_encoder")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> tuple[int, int]:
+    def fingerprint_inputs(cls, file: str, activation: str = "auto") -> tuple[int, int]:
         return files.signature(files.find(file, "clip_vision"))
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        return io.NodeOutput(load(file))
+    def execute(cls, file: str, activation: str = "auto") -> io.NodeOutput:
+        return io.NodeOutput(load(file, activation))
 
 
 NODES = [LoadImageEncoder]
