@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from .spec import Face
 
 Colour = tuple[float, float, float]
 CHOSEN, FOUND = (0.2, 0.9, 0.3), (1.0, 0.6, 0.1)
+DARK = 0.15  # what is left of a picture behind a sign
 
 # Five by seven pixels a sign, a row a string.
 SIGNS = {
@@ -50,7 +51,7 @@ def text_mask(text: str, scale: int) -> Tensor:
 
 
 def mark(picture: Tensor, face: Face, text: str, colour: Colour) -> Tensor:
-    """A picture [H, W, 3] with a face's box, its points, and a line of digits in the box's corner."""
+    """A picture [H, W, 3] with a face's box, its points, and a line of digits above, as far as there is room."""
     height, width = picture.shape[:2]
     thick = max(2, round(max(height, width) / 300))
     out, ink = picture.clone(), torch.tensor(colour, dtype=picture.dtype)
@@ -64,11 +65,12 @@ def mark(picture: Tensor, face: Face, text: str, colour: Colour) -> Tensor:
         out[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = ink
     for x, y in face.kps.round().int().tolist():
         out[max(0, y - thick) : max(0, y + thick + 1), max(0, x - thick) : max(0, x + thick + 1)] = ink
-    sign = text_mask(text, max(2, thick))
-    left, top = max(0, min(x0, width - sign.shape[1])), max(0, min(y0, height - sign.shape[0]))
+    sign = pad(text_mask(text, thick + 1), (thick + 1, 0, thick + 1, thick + 1))
+    above = y0 - thick - sign.shape[0]
+    left, top = max(0, min(x0, width - sign.shape[1])), max(0, min(above, height - sign.shape[0]))
     sign = sign[: height - top, : width - left]
     patch = out[top : top + sign.shape[0], left : left + sign.shape[1]]
-    patch.copy_(torch.where(sign[..., None], ink, patch * 0.3))
+    patch.copy_(torch.where(sign[..., None], ink, patch * DARK))
     return out
 
 

@@ -94,7 +94,7 @@ def head(photo: Tensor, face: Face, sides: float = HEAD_SCALE) -> tuple[Tensor, 
         photo = interpolate(moved, scale_factor=scale, mode="bilinear", antialias=True)[0].movedim(0, -1)
     reach = min(scale, 1.0)
     matrix = torch.eye(2, 3, dtype=torch.float64) * (scale / reach)
-    matrix[:, 2] = -corner * scale
+    matrix[:, 2] = -corner * scale + (1 - reach) / 2  # places count from pixels' middles, shrinking from their edges
     crop = pixels(warp(photo, matrix, HEAD))
     box, kps = (((points.view(-1, 2).double() - corner) * scale).float() for points in (face.box, face.kps))
     return crop, Face(box.flatten(), kps, face.score)

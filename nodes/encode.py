@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -35,7 +34,7 @@ class HostEncoder:
         c = self.vision.config
         return clip.architecture(c["hidden_size"], c["num_hidden_layers"], c["patch_size"], c["image_size"])
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         return clip.weights_hash(self.vision.get_sd())
 
@@ -81,17 +80,17 @@ class Features:
 def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder, crops_known: bool) -> Features:
     """What an image encoder makes of the photos and, where faces are known, of their crops."""
     out = Features({}, {}, {})
-    zero = encoder.zero()
+    zero, sha256 = encoder.zero(), encoder.sha256
     for crop, layers in clip.LAYERS.get(encoder.architecture, clip.OTHER_LAYERS).items():
         if crop != "photo" and not crops_known:
             continue
         comfy.model_management.throw_exception_if_processing_interrupted()
         made = [encoder.encode(batch) for batch in batches(cut(taken, heads, crop))]
         for layer in layers:
-            key = Feature(f"clip.{encoder.architecture}", layer, crop).id(encoder.sha256)
+            key = Feature(f"clip.{encoder.architecture}", layer, crop).id(sha256)
             out.embeddings[key] = torch.cat([one[layer] for one in made]).half().cpu()
             out.zeros[key] = zero[layer].half().cpu()
-            out.hashes[key] = encoder.sha256
+            out.hashes[key] = sha256
     return out
 
 

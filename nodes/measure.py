@@ -55,7 +55,8 @@ def hash_note(identity: Identity, analyzer: types.Analyzer) -> list[str]:
     """A warning where the identity was encoded with another file of the same network."""
     if identity.find(analyzer.feature) == analyzer.feature.id(analyzer.sha256):
         return []
-    return [f"Warning: {identity.name} was encoded with another file of {analyzer.network}; the numbers may be off."]
+    network = analyzer.feature.network
+    return [f"Warning: {identity.name} was encoded with another file of {network}; the numbers may be off."]
 
 
 class FaceKeyPoints(io.ComfyNode):

@@ -10,10 +10,13 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 OWN = ("likeness", "nodes", "tools", "benchmarks")
+# Started from the repository's root by `python -m`, where `tools` is nobody else's name.
+LAUNCHERS = {"benchmarks.__main__"}
 TREES = (*OWN, "tests")
 LIKENESS_MAY = {*sys.stdlib_module_names, "torch", "safetensors"}
 # What a stage under nodes/ may use besides likeness/ and its own folder.
-SHARED = {"nodes.types", "nodes.loaders.files"}
+SHARED = {"nodes.types", "nodes.loaders.files", "nodes.photos"}
+REGISTRY = "nodes.registry"
 PATCH = "nodes.attention.patch"
 FILES = "nodes.loaders.files"
 LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
@@ -79,9 +82,9 @@ def allowed(source: str, target: str) -> bool:
     """Whether the module `source` may import our own module `target`."""
     here, there = stage(source), stage(target)
     if here == "":
-        return there == "nodes"
-    if here == "nodes":
-        return there != "likeness" and there.split(".")[0] == "nodes"
+        return there == REGISTRY
+    if here == REGISTRY:
+        return there.split(".")[0] == "nodes"
     if here.startswith("nodes."):
         if there == "likeness" or here == there:
             return True
@@ -112,7 +115,8 @@ def absolute(modules: dict[str, Module]) -> Iterator[str]:
     """Our own modules are imported relatively: the host has a `nodes` of its own."""
     for module in modules.values():
         for node, target, relative in imports(module, modules):
-            if not relative and target.split(".")[0] in (*OWN, "comfyui_likeness") and stage(module.name) != "tests":
+            own = not relative and target.split(".")[0] in (*OWN, "comfyui_likeness")
+            if own and stage(module.name) != "tests" and module.name not in LAUNCHERS:
                 yield f"{module.at(node)} imports {target} absolutely"
 
 

@@ -23,7 +23,7 @@ def front(server, library) -> Iterator[frontend.FrontEnd]:
         yield frontend.start(chromium, server.url)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def chromium_is_there() -> None:
     if frontend.available():
         return

@@ -14,16 +14,17 @@ LONG = "def f() -> None:\n" + "    pass\n" * 60
 MANY = "def f(a: int, b: int, c: int, d: int, e: int, f: int, g: int, h: int, i: int) -> None: ...\n"
 
 GOOD = {
-    "__init__.py": "async def comfy_entrypoint() -> None:\n    from .nodes import NODES\n",
+    "__init__.py": "async def comfy_entrypoint() -> None:\n    from .nodes.registry import NODES\n",
     "likeness/__init__.py": "",
     "likeness/spec.py": "import math\nimport torch\n",
     "likeness/faces.py": "from safetensors.torch import save_file\nfrom . import spec\nfrom .spec import Face\n",
-    "nodes/__init__.py": "from . import attention, identity\nfrom .loaders import files\n",
+    "nodes/__init__.py": "",
+    "nodes/registry.py": "from . import identity\nfrom .attention import decoupled\nfrom .loaders import files\n",
     "nodes/types.py": "from ..likeness.spec import Face\n",
     "nodes/identity.py": "from . import types\nfrom ..likeness import faces\nfrom .loaders import files\n",
     "nodes/loaders/__init__.py": "",
     "nodes/loaders/files.py": "import folder_paths\n",
-    "nodes/attention/__init__.py": "from . import decoupled\n",
+    "nodes/attention/__init__.py": "",
     "nodes/attention/patch.py": "def f(transformer_options: dict) -> None: ...\n",
     "nodes/attention/decoupled.py": "from .. import types\nfrom . import patch\n\n\nclass Apply:\n"
     "    @classmethod\n    def execute(cls, " + ", ".join(f"a{i}: int" for i in range(12)) + ") -> None: ...\n"
@@ -81,7 +82,9 @@ spec = spec_from_file_location("pack", path + "/__init__.py", submodule_search_l
 pack = sys.modules["pack"] = module_from_spec(spec)
 before = set(sys.modules)
 spec.loader.exec_module(pack)
-nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
+extension = asyncio.run(pack.comfy_entrypoint())
+asyncio.run(extension.on_load())
+nodes = asyncio.run(extension.get_node_list())
 for node in nodes:
     node.GET_SCHEMA()
 heavy = {"insightface", "open_clip", "onnxruntime", "onnx", "cv2", "skimage", "timm"}
@@ -132,6 +135,7 @@ def test_importing_the_pack_brings_no_optional_library():
 
 
 def test_an_early_import_would_be_seen(tmp_path):
-    source = "import onnxruntime\n\n\nclass Pack:\n    async def get_node_list(self):\n        return []\n"
+    source = "import onnxruntime\n\n\nclass Pack:\n    async def on_load(self):\n        pass\n\n"
+    source += "    async def get_node_list(self):\n        return []\n"
     write(tmp_path, {"__init__.py": source + "\n\nasync def comfy_entrypoint():\n    return Pack()\n"})
     assert importing(tmp_path) == ["0", "onnxruntime"]

@@ -26,7 +26,7 @@ def pyright(folder: Path, include: list[Path]) -> tuple[list[str], int]:
     # Only paths relative to the settings' own folder are heeded.
     settings |= {
         "include": [os.path.relpath(path, folder) for path in include],
-        "extraPaths": [os.environ["COMFYUI_PATH"]],
+        "extraPaths": [os.environ["COMFYUI_PATH"], str(ROOT)],
     }
     config = folder / "pyrightconfig.json"
     config.write_text(json.dumps(settings | {"reportMissingImports": "error"}))

@@ -16,7 +16,8 @@ from .server import Server, ServerError, serve
 
 PROMPTS = Path(__file__).parent / "prompts"
 DEFAULT = "portrait_faceid_plusv2"
-ASTRONAUT = "import sys; from skimage import data, io; io.imsave(sys.argv[1], data.astronaut())"
+LIBRARY = "identity_library_make"  # what it keeps, others load
+PHOTOS = "import sys, pathlib; from tools import photos; photos.make(pathlib.Path(sys.argv[1]))"
 STAND_INS = "import sys, pathlib; from tools import standins; standins.make(pathlib.Path(sys.argv[1]), sys.argv[2:])"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -89,10 +90,10 @@ def show_photo(prompt: Prompt, photo: Path | None, base: Path, python: Path) -> 
     """Put the photo where the prompt looks for it; by default NASA's portrait of the astronaut Eileen Collins."""
     folder = base / "input"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in photos(prompt):
-        if photo is None:
-            host.command([python, "-c", ASTRONAUT, folder / name])
-        else:
+    if photo is None:
+        host.command([python, "-c", PHOTOS, folder])
+    else:
+        for name in photos(prompt):
             shutil.copyfile(photo, folder / name)
 
 
@@ -134,6 +135,9 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
     if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:
         raise host.HostError("the stand-in models could not be made, see above")
     with serve(found, base, cpu=cpu, output=output) as server:
+        if any(node["class_type"] == "LikenessLoadIdentity" for node in prompt.values()):
+            host.say(f"running {LIBRARY} first, which makes the identities")
+            run(server, read(LIBRARY))
         lacks = missing(prompt, server.object_info())
         if lacks:
             raise host.HostError("the server lacks what the workflow names:\n  " + "\n  ".join(lacks))

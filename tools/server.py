@@ -55,7 +55,10 @@ class Server:
 
     def submit(self, prompt: dict[str, Any]) -> str:
         """Queue an API prompt; its id. Raises ServerError with the nodes' errors where it is not valid."""
-        return self.post("/prompt", {"prompt": prompt})["prompt_id"]
+        answer = self.post("/prompt", {"prompt": prompt})
+        if answer.get("node_errors"):  # the server runs the outputs that are valid, and says so nowhere else
+            raise ServerError("the server refused a part of the prompt", answer["node_errors"])
+        return answer["prompt_id"]
 
     def wait(self, prompt_id: str, timeout: float = 1800) -> dict[str, Any]:
         """The history entry of a queued prompt once it is done, however it ended."""

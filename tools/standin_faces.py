@@ -2,8 +2,9 @@
 
 The detector looks for one face truly: it correlates a grey template, cut from NASA's portrait of the astronaut Eileen
 Collins, and its mirror image with the picture at three scales. In that portrait (512 pixels) the face is found at
-detector size 640, and where it is two or four times as large; in between it is found at another size, or not. The recogniser projects the
-aligned face at random, so that faces that look alike get vectors that point alike.
+detector size 640, and where it is two or four times as large; in between it is found at another size, or not.
+
+The recogniser projects the aligned face at random, so that faces that look alike get vectors that point alike.
 """
 
 from __future__ import annotations

@@ -332,7 +332,8 @@ def work(arguments: list[str]) -> int:
     found = host.bring(needs=(*host.RUNTIME_MODULES, "skimage", "playwright"))
     base = host.HOME / "base"
     models = sorted({file for prompt in prompts for file in demo.files(prompt)})
-    if subprocess.run([found.python, "-c", PREPARE, base, *models], cwd=host.ROOT).returncode:
+    words = [found.python, "-c", PREPARE, base, *models]
+    if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:
         raise host.HostError("the stand-in models and the photos could not be made, see above")
     try:
         with serve(found, base) as server:

@@ -1,0 +1,20 @@
+"""The pack's nodes, gathered for the host."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import encode, identity, measure
+from .attention import decoupled
+from .loaders import adapter, face_analyzer, files, image_encoder
+
+STAGES = (face_analyzer, image_encoder, adapter, encode, identity, measure, decoupled)
+NODES: list[type[io.ComfyNode]] = [node for stage in STAGES for node in stage.NODES]
+
+
+class Likeness(ComfyExtension):
+    async def on_load(self) -> None:
+        files.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
