@@ -177,7 +177,7 @@ def test_a_face_of_no_weight_is_no_face(base: ModelPatcher) -> None:
 class Recorder:
     """An injection that adds nothing and notes which rows carry the identity."""
 
-    window, patchers, places = Window(1e9, -1.0), [], [("attn2", ("middle", 0))]
+    window, patchers, places = Window(1e9, -1.0), [], [patch.Place("attn2", ("middle", 0), 0, False)]
 
     def __init__(self) -> None:
         self.bank, self.calls = Bank(), []
@@ -282,6 +282,22 @@ def test_foreign_patches_are_kept() -> None:
     out = sample(ours, "SDXL", steps=1)
     assert len(calls) == expected == 10
     assert not torch.equal(out, sample(applied(xl, adapter(family="SDXL")), "SDXL", steps=1))
+
+
+def test_a_foreign_patch_with_the_exact_key_is_wrapped_too(base: ModelPatcher) -> None:
+    """SD1.5 has one transformer a block, which packs name with its depth or without."""
+    seen: list[int] = []
+
+    def foreign(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        seen.append(1)
+        return patch.host_attention(q, k, v, options)
+
+    theirs = base.clone()
+    theirs.set_model_attn2_replace(foreign, "middle", 0, 0)
+    given = adapter()
+    who = person(given)
+    assert close(sample(applied(theirs, given, who)), sample(applied(base, given, who)))
+    assert seen
 
 
 def test_a_pack_that_would_change_a_slot_is_told_what_to_do(base: ModelPatcher) -> None:

@@ -11,7 +11,7 @@ from comfyui_likeness.likeness import curves, decoupled, detect, keymaps
 from comfyui_likeness.likeness.resampler import Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import decoupled as nodes
-from comfyui_likeness.nodes.attention.patch import Slot, Window, attach
+from comfyui_likeness.nodes.attention.patch import KEY, Active, Place, Slot, Window, attach
 from comfyui_likeness.nodes.types import LoadedAdapter
 from golden import GOLDEN, Case, assert_close, cases
 from identities import identity
@@ -132,10 +132,10 @@ def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[T
         def term(self, state: object, q: Tensor, options: dict[str, object]) -> Tensor:
             return nodes.host_attention(q, key, value, options)
 
-    fixed, place = Fixed(), ("attn2", ("input", 1))
+    fixed, place = Fixed(), Place("attn2", ("input", 1), 0, False)
     options = {
         "n_heads": case.config["heads"],
-        nodes.attach.__globals__["KEY"]: {id(fixed): nodes.attach.__globals__["Active"]({place: None}, None)},
+        KEY: {id(fixed): Active({place: None}, None)},
     }
     pre = Slot(place, None, (fixed,))(q, k, v, options)  # pyright: ignore[reportArgumentType]
     return pre, pre @ weights["attn2.to_out.0.weight"].T + weights["attn2.to_out.0.bias"]

@@ -82,7 +82,7 @@ class Decoupled:
 
 
 def _place(site: Site) -> Place:
-    return "attn2", site.address
+    return Place("attn2", site.block, site.depth, site.deep)
 
 
 def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:

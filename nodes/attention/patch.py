@@ -22,8 +22,22 @@ CONDS = "likeness_conds"
 ROLES = "likeness_roles"
 
 Options = Mapping[str, Any]
-Place = tuple[str, tuple[str | int, ...]]  # ("attn2", ("input", 4, 0)), as in the host's patches_replace
 Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One attention of a UNet: "attn1" or "attn2", the host's block ("input", 4), its depth, and whether it has more."""
+
+    name: str
+    block: tuple[str, int]
+    depth: int
+    deep: bool
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """Where packs register a patch for it: with the depth only where there are several."""
+        return (*self.block, self.depth) if self.deep else self.block
 
 
 @dataclass(frozen=True)
@@ -171,15 +185,14 @@ def attach(model: ModelPatcher, injection: Injection) -> ModelPatcher:
     patched = model.clone()
     replaced = patched.model_options["transformer_options"].get("patches_replace", {})
     for place in injection.places:
-        name, address = place
-        found = replaced.get(name, {}).get(address)
-        if found is None:  # the host would fall back to a patch of the whole block: then that is what we wrap
-            found = replaced.get(name, {}).get(address[:2])
+        here, exact = replaced.get(place.name, {}), (*place.block, place.depth)
+        key = exact if exact in here else place.key  # the host looks for the exact one first
+        found = here.get(key, here.get(place.block))
         if isinstance(found, Slot) and found.place == place:
             slot = Slot(place, found.base, (*found.injections, injection))
         else:
             slot = Slot(place, found, (injection,))
-        patched.set_model_patch_replace(slot, name, *address)
+        patched.set_model_patch_replace(slot, place.name, *key)
     patched.set_additional_models(f"{KEY}.{id(injection)}", injection.patchers)
     patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, _Begin(injection))
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _Run(injection))
@@ -232,13 +245,13 @@ def _own_options(
     if "transformer_options" in kwargs:
         options = dict(kwargs["transformer_options"])
         return options, args, {**kwargs, "transformer_options": options}
-    index = next(i for i, arg in enumerate(args) if isinstance(arg, dict) and "cond_or_uncond" in arg)
+    index = next(i for i, arg in enumerate(args) if isinstance(arg, dict))
     options = dict(args[index])
     return options, (*args[:index], options, *args[index + 1 :]), kwargs
 
 
 def _call(x: Tensor, options: Options) -> Call:
-    chunks = options["cond_or_uncond"]
+    chunks = options.get("cond_or_uncond", (0,))
     roles = options.get(ROLES)
     # Without a guider to ask, the host's own order holds: 0 is the positive prompt.
     conditional = tuple(index == 0 if roles is None else roles[index] for index in chunks)

@@ -29,11 +29,6 @@ class Site:
     hidden: int
     context: int
 
-    @property
-    def address(self) -> tuple[str | int, ...]:
-        """The key under which packs register a replacement: with the depth only where there are several."""
-        return (*self.block, self.depth) if self.deep else self.block
-
 
 SIDES = (("input", "input_blocks"), ("middle", "middle_block"), ("output", "output_blocks"))  # running order
 FILE_ORDER = ("input", "output", "middle")
