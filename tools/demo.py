@@ -92,9 +92,9 @@ def show_photo(prompt: Prompt, photo: Path | None, base: Path, python: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     if photo is None:
         host.command([python, "-c", PHOTOS, folder])
-    else:
-        for name in photos(prompt):
-            shutil.copyfile(photo, folder / name)
+    for name in photos(prompt):
+        if photo is not None or not (folder / name).exists():
+            shutil.copyfile(photo or folder / "portrait.png", folder / name)
 
 
 def own_models(path: Path, base: Path) -> list[str]:

@@ -27,7 +27,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """One attention of a UNet: "attn1" or "attn2", the host's block ("input", 4), its depth, and whether it has more."""
+    """One attention of a UNet: "attn1" or "attn2", the host's block ("input", 4), its depth, and if others follow."""
 
     name: str
     block: tuple[str, int]
