@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import detect, keymaps
+from comfyui_likeness.likeness.spec import Identity
+from comfyui_likeness.nodes.attention import decoupled as nodes
 from comfyui_likeness.nodes.attention.unet import sites
 from comfyui_likeness.nodes.types import LoadedAdapter
+from identities import identity
 from models import patcher
 from torch import Tensor
 
@@ -52,3 +57,25 @@ def adapter(kind: str = "image", family: str = "SD1.5", seed: int = 0) -> Loaded
     module = detect.build(spec, renamed, comfy.ops.manual_cast).requires_grad_(False)
     held = ModelPatcher(module, torch.device("cpu"), torch.device("cpu"))
     return LoadedAdapter(spec, held, keymaps.under(renamed, "lora."), f"{kind} {seed}")
+
+
+SHAPES = {"image": (1024,), "faceid": (512,), "portrait": (512,)}
+
+
+def person(given: LoadedAdapter, faces: int = 1, seed: int = 0) -> Identity:
+    return identity(given.spec.needs, (SHAPES[given.file.split()[0]],), faces, seed)
+
+
+def applied(
+    model: ModelPatcher, given: LoadedAdapter | None = None, who: Identity | None = None, **changes: Any
+) -> ModelPatcher:
+    given = given or adapter()
+    values: dict[str, Any] = {
+        "strength": 1.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "layer_weights": "linear",
+        "scaling": "V only",
+        **changes,
+    }
+    return nodes.ApplyDecoupled.execute(model, given, who or person(given), **values).args[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -77,3 +79,20 @@ def sample(
     options = {**SAMPLING, "positive": prompt(1, family), "negative": prompt(2, family), **changes}
     with torch.inference_mode():
         return comfy.sample.sample(model, noise, latent_image=latent, disable_pbar=True, seed=5, **options)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to the rounding of float32 through a few steps, relative to the largest value."""
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def controlnet(positive: list[Any]) -> list[Any]:
+    """A prompt with a small ControlNet of the host on it, from seeds, that changes the picture visibly."""
+    config = {key: value for key, value in copy.deepcopy(SD15).items() if key != "out_channels"}
+    model = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **config)
+    generator = torch.Generator().manual_seed(11)
+    model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})
+    cpu = torch.device("cpu")
+    control = comfy.controlnet.ControlNet(model.eval().requires_grad_(False), load_device=cpu)
+    control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 0.5)
+    return [[text, {**rest, "control": control, "control_apply_to_uncond": False}] for text, rest in positive]

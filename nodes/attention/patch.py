@@ -245,7 +245,7 @@ def _own_options(
     if "transformer_options" in kwargs:
         options = dict(kwargs["transformer_options"])
         return options, args, {**kwargs, "transformer_options": options}
-    index = next(i for i, arg in enumerate(args) if isinstance(arg, dict))
+    index = max(i for i, arg in enumerate(args) if isinstance(arg, dict))  # a ControlNet's residuals come before
     options = dict(args[index])
     return options, (*args[:index], options, *args[index + 1 :]), kwargs
 

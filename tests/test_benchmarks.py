@@ -1,0 +1,42 @@
+"""The benchmark counts what it says: a step pays for one small attention per layer, and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_likeness.benchmarks.measure import KINDS, Bench, Row, base_model, table, with_identity
+from comfyui_likeness.nodes.attention.unet import sites
+
+ROWS = 2  # with the identity and without
+RESOLUTION = 64
+
+
+@pytest.fixture(scope="module")
+def bare() -> Bench:
+    return Bench("sd15", RESOLUTION, base_model("sd15", "small"))
+
+
+def attention(bench: Bench, tokens: int) -> int:
+    """2 * N * T * C for the products with keys, the same for those with values, in every layer and row."""
+    size = {0: 8, 1: 4, 2: 2, 3: 1}
+    levels = {("input", 1): 0, ("input", 2): 0, ("input", 4): 1, ("input", 5): 1, ("input", 7): 2, ("input", 8): 2}
+    levels |= {("middle", 0): 3} | {("output", n): 3 - n // 3 for n in range(3, 12)}
+    return sum(
+        ROWS * 4 * size[levels[site.block]] ** 2 * tokens * site.hidden
+        for site in sites(bench.model.model.diffusion_model)
+    )
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("image", 4), ("faceid_plus_v2", 4), ("portrait", 80)])
+def test_a_step_pays_for_one_attention_per_layer(bare: Bench, kind: str, tokens: int) -> None:
+    step, _ = bare.flops()
+    bench = Bench("sd15", RESOLUTION, with_identity(bare.model, "sd15", "small", kind))
+    with_it, once = bench.flops()
+    assert with_it - step == attention(bare, tokens)
+    assert once > 0  # the projector, keys and values
+    assert bench.flops() == (with_it, once)
+
+
+def test_the_table_has_a_row_per_kind() -> None:
+    rows = [Row(kind, 100 + i, i, [1.0, 2.0], 10, None) for i, kind in enumerate(("bare model", *KINDS))]
+    text = table(rows)
+    assert all(f"| {kind} |" in text for kind in KINDS) and "1.0100" in text
