@@ -17,6 +17,35 @@ IP_ADAPTER: Rules = (
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight", r"lora.\1.\2.\3"),
 )
 
+# FlashFace, all one UNet's names once its parts are told apart: first what is inside a block, then the blocks.
+FLASHFACE_INSIDE: Rules = (
+    (r"(.+)\.layer1\.([02])\.(\w+)", r"\1.in_layers.\2.\3"),
+    (r"(.+)\.embedding\.1\.(\w+)", r"\1.emb_layers.1.\2"),
+    (r"(.+)\.layer2\.([03])\.(\w+)", r"\1.out_layers.\2.\3"),
+    (r"(.+)\.shortcut\.(\w+)", r"\1.skip_connection.\2"),
+    (r"(.+)\.blocks\.(\d+)\.self_attn\.self_attn_first\.([qkvo]\.\w+)", r"\1.transformer_blocks.\2.reference.\3"),
+    (r"(.+)\.blocks\.(\d+)\.self_attn\.([qkv])\.(\w+)", r"\1.transformer_blocks.\2.attn1.to_\3.\4"),
+    (r"(.+)\.blocks\.(\d+)\.self_attn\.o\.(\w+)", r"\1.transformer_blocks.\2.attn1.to_out.0.\3"),
+    (r"(.+)\.blocks\.(\d+)\.cross_attn\.([qkv])\.(\w+)", r"\1.transformer_blocks.\2.attn2.to_\3.\4"),
+    (r"(.+)\.blocks\.(\d+)\.cross_attn\.o\.(\w+)", r"\1.transformer_blocks.\2.attn2.to_out.0.\3"),
+    (r"(.+)\.blocks\.(\d+)\.ffn\.(0\.proj|2)\.(\w+)", r"\1.transformer_blocks.\2.ff.net.\3.\4"),
+    (r"(.+)\.blocks\.(\d+)\.(norm[123])\.(\w+)", r"\1.transformer_blocks.\2.\3.\4"),
+    (r"(.+)\.norm1\.(\w+)", r"\1.norm.\2"),
+    (r"(.+)\.conv1\.(\w+)", r"\1.proj_in.\2"),
+    (r"(.+)\.conv2\.(\w+)", r"\1.proj_out.\2"),
+    (r"encoder\.0\.(\w+)", r"encoder.0.0.\1"),
+    (r"encoder\.(\d+)\.(\w+)", r"encoder.\1.0.op.\2"),
+    (r"decoder\.(\d+)\.(\d)\.1\.(\w+)", r"decoder.\1.\2.conv.\3"),
+    (r"((?:time_embedding|head)\.\d\.\w+)", r"\1"),
+)
+FLASHFACE_BLOCKS: Rules = (
+    (r"time_embedding\.(.+)", r"time_embed.\1"),
+    (r"encoder\.(.+)", r"input_blocks.\1"),
+    (r"middle\.(.+)", r"middle_block.\1"),
+    (r"decoder\.(.+)", r"output_blocks.\1"),
+    (r"head\.(.+)", r"out.\1"),
+)
+
 
 def rename(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Give every tensor the name of the first rule that matches its whole key.

@@ -13,7 +13,8 @@ import torch
 from adapters import adapter, applied, person
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.nodes.attention import patch
-from comfyui_likeness.nodes.attention.patch import Bank, Slot, Window
+from comfyui_likeness.nodes.attention.injection import Bank, Call, Place, Window
+from comfyui_likeness.nodes.attention.patch import Slot
 from comfyui_likeness.nodes.attention.unet import sites
 from models import close, controlnet, patcher, prompt, sample
 
@@ -41,12 +42,12 @@ def test_a_gate_on_the_device_does_what_a_branch_does(base: ModelPatcher, monkey
 class Recorder:
     """An injection that adds nothing and notes which rows carry the identity."""
 
-    window, patchers, places = Window(1e9, -1.0), [], [patch.Place("attn2", ("middle", 0), 0, False)]
+    window, patchers, places = Window(1e9, -1.0), [], [Place("attn2", ("middle", 0), 0, False)]
 
     def __init__(self) -> None:
         self.bank, self.calls = Bank(), []
 
-    def prepare(self, call: patch.Call) -> dict[patch.Place, None]:
+    def prepare(self, call: Call) -> dict[Place, None]:
         self.calls.append(call)
         return {self.places[0]: None}
 

@@ -16,7 +16,8 @@ from ...likeness import curves
 from ...likeness import decoupled as math
 from ...likeness.spec import AdapterSpec, Identity
 from .. import types
-from .patch import Bank, Call, Place, Window, attach, host_attention
+from .injection import Bank, Call, Place, Window
+from .patch import attach, host_attention
 from .unet import Site, sites
 
 BATCHES = {"one identity": False, "unfold": True}
@@ -26,7 +27,7 @@ LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
 
 @dataclass(frozen=True, eq=False)
 class Decoupled:
-    """An adapter of the IP-Adapter family bound to an identity (patch.Injection).
+    """An adapter of the IP-Adapter family bound to an identity (injection.Injection).
 
     `shares` says what each cross-attention gets of the strength; sites without a share are not in it.
     """

@@ -1,0 +1,159 @@
+"""What an apply node adds to a model, in the terms of this pack: places, windows, calls, branches, injections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+OUTPUT = "attn1_output"
+ATTENDED = "likeness_attended"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One attention of a UNet: its name, the host's block ("input", 4), its depth, and if others follow.
+
+    At "attn1" and "attn2" a term is added to what the attention gives, ahead of the layer's own output projection; at
+    OUTPUT to what a self-attention gives behind it.
+    """
+
+    name: str
+    block: tuple[str, int]
+    depth: int
+    deep: bool
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """Where packs register a patch for it: with the depth only where there are several."""
+        return (*self.block, self.depth) if self.deep else self.block
+
+
+@dataclass(frozen=True)
+class Window:
+    """When an injection is on: `end` < sigma <= `start`, so that windows that touch never overlap."""
+
+    start: float
+    end: float
+
+    @classmethod
+    def of(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> Window:
+        sampling: Any = model.get_model_object("model_sampling")
+        end = sampling.percent_to_sigma(end_percent) if end_percent < 1.0 else -1.0  # the very last sigma may be 0
+        return cls(float(sampling.percent_to_sigma(start_percent)), float(end))
+
+    def inside(self, sigma: float) -> bool:
+        return self.end < sigma <= self.start
+
+    def gate(self, sigma: Tensor | None) -> Tensor | bool:
+        """On or off. Where the sigma lies on an accelerator: a factor 0 or 1 there, as asking for it would wait."""
+        if sigma is None:
+            return True
+        first = sigma.flatten()[0]
+        inside = (first > self.end) & (first <= self.start)
+        return bool(inside) if sigma.device.type == "cpu" else inside
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model, as an injection needs to know it.
+
+    The rows are `len(roles)` chunks of `rows` each; a role is the guider's name of the chunk's prompt, "positive", or
+    the name of a branch. `timesteps` [B] is what the UNet sees, `sigma` the noise where a branch is there to ask for
+    it, `text` [1, T, C] the negative prompt where the guider has one.
+    """
+
+    roles: tuple[str, ...]
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    timesteps: Tensor = field(compare=False)
+    sigma: float | None = field(compare=False)
+    text: Tensor | None = field(compare=False)
+
+    @property
+    def conditional(self) -> tuple[bool, ...]:
+        """Which chunks carry the identity: all but the negative prompts'."""
+        return tuple("negative" not in role for role in self.roles)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Rows of the positive prompt beside the guider's own, for guidance that the guider does not know.
+
+    While `launch` is on, the rows run under the role `name`, and `scale` times their distance from the positive
+    prompt's prediction is added to the guider's. While `window` is on, the sum is rescaled by `rescale`.
+    """
+
+    name: str
+    scale: float
+    rescale: float
+    window: Window
+    launch: Window
+
+
+class Bank:
+    """What an injection computed once and reads at every step: the few last, gone when the run ends."""
+
+    LIMIT = 8
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        kept = self._kept.pop(key, None)
+        self._kept[key] = make() if kept is None else kept
+        if len(self._kept) > self.LIMIT:
+            self._kept.pop(next(iter(self._kept)))
+        return self._kept[key]
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
+        return self  # hosts that deep-copy a model's options must not copy tensors with them
+
+
+class Injection(Protocol):
+    """An adapter bound to an identity: what an apply node adds to a model. Immutable but for its bank."""
+
+    @property
+    def window(self) -> Window | None:
+        """When it is on; None: always, or as its own `prepare` decides."""
+        ...
+
+    @property
+    def bank(self) -> Bank:
+        """What it keeps during a run."""
+        ...
+
+    @property
+    def patchers(self) -> list[ModelPatcher]:
+        """The weights it runs, for the host to load and free."""
+        ...
+
+    @property
+    def places(self) -> list[Place]:
+        """The attention layers it touches."""
+        ...
+
+    def prepare(self, call: Call) -> Mapping[Place, Any]:
+        """Lay out what each place needs for such a call. Runs once per model call, outside every layer.
+
+        Places that are left out get nothing.
+        """
+        ...
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
+
+        `q` are the queries; at OUTPUT, the layer's input, while options[ATTENDED] is what the layer made of it.
+        """
+        ...
