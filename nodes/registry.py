@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import encode, identity, measure
-from .attention import decoupled
-from .loaders import adapter, face_analyzer, files, image_encoder
+from . import encode, identity, measure, schedule
+from .attention import decoupled, reference
+from .loaders import adapter, face_analyzer, files, flashface, image_encoder
 
-STAGES = (face_analyzer, image_encoder, adapter, encode, identity, measure, decoupled)
+STAGES = (
+    face_analyzer, image_encoder, adapter, flashface, encode, identity, measure, decoupled, reference, schedule,
+)  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for stage in STAGES for node in stage.NODES]
 
 

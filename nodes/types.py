@@ -10,12 +10,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..likeness.bank import MemoryBank
 from ..likeness.spec import AdapterSpec, Face, Feature
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 Adapter = io.Custom("LIKENESS_ADAPTER")
 FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
 ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
+ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,20 @@ class LoadedAdapter:
     spec: AdapterSpec
     patcher: ModelPatcher
     lora: Mapping[str, Tensor]
+    file: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedReferenceNet:
+    """What goes through LIKENESS_REFERENCE_NET: a UNet that reads the faces, under the host's care.
+
+    `added` holds the attention layers that read what it saw (flashface.AddedLayers); None where the model's own
+    self-attentions do. `bank` keeps what it saw, for as long as this object lives.
+    """
+
+    patcher: ModelPatcher
+    added: ModelPatcher | None
+    bank: MemoryBank
     file: str
 
 

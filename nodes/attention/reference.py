@@ -1,0 +1,378 @@
+"""Apply Identity (Reference): FlashFace, and reference attention without training."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ...likeness import flashface as math
+from ...likeness import reference_faces
+from ...likeness.identity import parse_weights
+from ...likeness.spec import Identity
+from .. import types
+from .added import HEARD, Added
+from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window
+from .patch import attach, host_attention, injections, inputs
+from .unet import Site, sites
+
+SIDES = ("middle", "output")  # encoder blocks see no reference (Sec. 3.2)
+ALWAYS = Window(float("inf"), -1.0)
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The attention that reads the references, and whether it is an added one or the UNet's own."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    added: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One person's faces as the reference net reads them: latents [n, 4, h, w], and which are shown in what order."""
+
+    latents: Tensor
+    order: tuple[int, ...]
+    share: float
+
+    @property
+    def digest(self) -> str:
+        return digest(self.latents)
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+@dataclass
+class Step:
+    """Where a run is: the noise seen last, how many were seen, at which the references were read, and what came out."""
+
+    seen: float | None = None
+    count: int = 0
+    read_at: tuple[float, Tensor] | None = None
+    key: tuple[Any, ...] | None = None
+    pairs: dict[Place, list[math.Pair]] = field(default_factory=dict)
+
+    def time(self, sigma: float, timesteps: Tensor, refresh: int) -> tuple[float, Tensor]:
+        """The noise and the time [1] at which the references are read in this step."""
+        if self.read_at is None or (sigma != self.seen and self.count % refresh == 0):
+            self.read_at = sigma, timesteps[:1]
+        self.count += sigma != self.seen
+        self.seen = sigma
+        return self.read_at
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Faces bound to a reference net (injection.Injection). `name` is the role of its guidance's rows."""
+
+    net: types.LoadedReferenceNet
+    layers: Mapping[Place, Layer]
+    people: Sequence[Shown]
+    digests: Sequence[str]
+    strength: float
+    before: float
+    on: Window
+    launch: Window
+    guided: bool
+    refresh: int
+    text: Tensor | None
+    weights: Any
+    patchers: list[ModelPatcher]
+    name: str
+    window: None = None
+    bank: Bank = field(default_factory=Bank)
+
+    @property
+    def places(self) -> list[Place]:
+        return list(self.layers)
+
+    def strengths(self, call: Call) -> tuple[float, ...]:
+        """The strength of each chunk of rows."""
+        if call.sigma is None:
+            raise RuntimeError(
+                "the model ran outside a guider; expected ComfyUI's samplers; sample the model with these"
+            )
+        if not self.on.inside(call.sigma):
+            return (0.0,) * len(call.roles)
+        if not self.launch.inside(call.sigma):
+            return (self.before,) * len(call.roles)
+        return tuple(self.strength if not self.guided or role == self.name else 0.0 for role in call.roles)
+
+    def prepare(self, call: Call) -> Mapping[Place, Any]:
+        rows = [
+            (slice(i * call.rows, (i + 1) * call.rows), strength)
+            for i, strength in enumerate(self.strengths(call))
+            if strength
+        ]
+        if not rows:
+            return {}
+        pairs = self._keys_values(call)
+        return {place: (layer, rows, pairs[place]) for place, layer in self.layers.items()}
+
+    def _keys_values(self, call: Call) -> Mapping[Place, list[math.Pair]]:
+        """Keys and values of the references [1, T, C] for every person, projected once per step."""
+        text = self.text if self.text is not None else call.text
+        if text is None:
+            raise ValueError(
+                "got a guider without a negative prompt, whose text the reference net reads; expected one; "
+                "use KSampler or CFGGuider, or connect reference_text"
+            )
+        words, _ = self.bank.get(("text", id(text)), lambda: (digest(text), text))
+        step: Step = self.bank.get("step", Step)
+        sigma, time = step.time(call.sigma or 0.0, call.timesteps, self.refresh)
+        key = (sigma, words, self.weights, call.dtype, call.device)
+        if step.key != key:
+            step.pairs = {place: [] for place in self.layers}
+            for person, faces in zip(self.people, self.digests, strict=True):
+                seen = self.net.bank.get(
+                    (faces, *key[:-1]), call.device, lambda person=person: self._read(person, time, text, call)
+                )
+                for place, layer in self.layers.items():
+                    made = (project(seen[place])[list(person.order)] for project in (layer.k, layer.v))
+                    k, v = (t.flatten(0, 1)[None] for t in made)
+                    step.pairs[place].append((k, v))
+            step.key = key
+        return step.pairs
+
+    def _read(self, person: Shown, time: Tensor, text: Tensor, call: Call) -> dict[Place, Tensor]:
+        """One pass of the reference net over a person's faces: clean, at the picture's time, with the negative text."""
+        x = person.latents.to(call.device, call.dtype)
+        context = text.to(call.device, call.dtype).expand(len(x), -1, -1)
+        return inputs(self.net.patcher.model.diffusion_model, x, time.expand(len(x)), context, self.places)
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        layer, rows, pairs = state
+        heard = options[HEARD] if layer.added else math.Heard(layer.q(q), layer.k(q), layer.v(q), options[ATTENDED])
+        out = torch.zeros_like(heard.own)
+        for some, strength in rows:
+            for person, pair in zip(self.people, pairs, strict=True):
+                out[some] += strength * person.share * math.difference(heard, some, pair, attend(options), layer.o)
+        return out
+
+
+def attend(options: dict[str, Any]) -> math.Attend:
+    return lambda q, k, v: host_attention(q, k, v, options)
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """Where the face shall be: FlashFace's further input channel, of a mask [B, H, W] of the picture."""
+
+    mask: Tensor
+
+    def __call__(self, **given: Any) -> Tensor:
+        noise = given["noise"]
+        small = torch.nn.functional.interpolate(self.mask[:, None].float(), size=noise.shape[-2:], mode="nearest")
+        return comfy.utils.repeat_to_batch_size((small > 0.5).to(noise), noise.shape[0])
+
+
+def readers(model: ModelPatcher, net: types.LoadedReferenceNet) -> dict[Place, Layer]:
+    """The attentions of a model that read what a reference net sees. Raises ValueError where the two do not fit."""
+    unet = model.model.diffusion_model
+    found = {Place(OUTPUT, site.block, site.depth, site.deep): site for site in sites(unet) if site.block[0] in SIDES}
+    if net.added is None:
+        theirs = net.patcher.model.diffusion_model
+        if _layout(sites(theirs)) != _layout(sites(unet)) or theirs.num_classes is not None or theirs.in_channels != 4:
+            raise ValueError(
+                "got a reference net of another kind than the model; expected two plain SD1.5 models; connect these"
+            )
+        own = {place: unet.get_submodule(f"{site.key}.attn1") for place, site in found.items()}
+        return {place: Layer(a.to_q, a.to_k, a.to_v, a.to_out, False) for place, a in own.items()}
+    added = next((i for i in injections(model) if isinstance(i, Added) and i.patcher is net.added), None)
+    if added is None:
+        raise ValueError(
+            f"got a model without the layers that read this reference net ({net.file}); expected the model of the same "
+            "Load FlashFace; connect it, with LoRAs and other patches in between as you like"
+        )
+    return {place: Layer(f.q, f.k, f.v, f.o, True) for place, f in added.layers.items()}
+
+
+def _layout(found: Sequence[Site]) -> list[tuple[Any, ...]]:
+    return [(site.block, site.depth, site.hidden, site.context) for site in found]
+
+
+def shown(model: ModelPatcher, vae: Any, identity: Identity, least: int, share: float) -> tuple[Shown, Tensor]:
+    """A person's faces for the reference net, and the pictures [n, 224, 224, 3] that they were made of."""
+    pictures = reference_faces.references(identity).float() / 255
+    latents = model.model.process_latent_in(vae.encode(pictures)).float().cpu()
+    if latents.ndim != 4 or latents.shape[1] != 4:
+        raise ValueError(
+            f"got a VAE that makes {list(latents.shape)} of {len(pictures)} faces; expected 4 channels; "
+            "connect the VAE of an SD1.5 checkpoint"
+        )
+    return Shown(latents, tuple(math.repeats(len(latents), least)), share), pictures
+
+
+def launch_window(model: ModelPatcher, launch: int) -> Window:
+    """From this timestep on; between two the nearer counts, as the authors round."""
+    sampling: Any = model.get_model_object("model_sampling")
+    if launch >= math.TRAINED_STEPS - 1:
+        return ALWAYS
+    return Window(float(sampling.sigma(torch.tensor(launch + 0.5))), -1.0)
+
+
+def positioned(model: ModelPatcher, mask: Tensor) -> ModelPatcher:
+    """The model with a face position in its input. Raises ValueError where it has no channel for one."""
+    channels = model.model.model_config.unet_config["in_channels"]
+    if channels != 5:
+        raise ValueError(
+            f"got a face position for a model of {channels} input channels; expected FlashFace's, which has 5; "
+            "disconnect it: an inpainting model takes the place from its mask"
+        )
+    if not mask.isfinite().all():
+        raise ValueError("got a face position with NaN or infinite values; expected 0 to 1; make the mask again")
+    model = model.clone()
+    model.add_object_patch("concat_cond", Position(mask))
+    return model
+
+
+class ApplyReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        person = types.Identity.Input("identity", tooltip="A further person, to be mixed with the others.")
+        return io.Schema(
+            node_id="LikenessApplyReference",
+            display_name="Apply Identity (Reference)",
+            category="likeness/apply",
+            description="Lets a model look at the faces themselves while it paints: FlashFace, or reference only. "
+            "Needs an identity with face crops. Strength 0 or an empty schedule leaves the face position alone.",
+            search_aliases=["flashface", "reference only", "apply"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load FlashFace; any SD1.5 model with Model as Reference Net."),
+                types.ReferenceNet.Input("reference_net", tooltip="From Load FlashFace or Model as Reference Net."),
+                types.Identity.Input("identity", tooltip="From Encode, Load or Merge (concatenate), with its crops."),
+                io.Vae.Input("vae", tooltip="The VAE of an SD1.5 checkpoint; it encodes the faces once."),
+                io.Float.Input(
+                    "strength", default=1.2, min=0.0, max=3.0, step=0.05,
+                    tooltip="How much the reference attention counts (lambda_feat), 0 to 3: 0 none, 1 as trained. "
+                    "0.9 leaves the prompt room to change age or gender.",
+                ),
+                io.Float.Input(
+                    "reference_guidance", default=3.2, min=0.0, max=10.0, step=0.1,
+                    tooltip="How far the picture is pushed to the references beyond the prompt (lambda_ref), 0 to 10. "
+                    "It costs a third row; 0 needs none, and shows the references to both prompts.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+                    tooltip="Part of the sampling, 0 to 1, after which it sets in.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+                    tooltip="Part of the sampling, 0 to 1, at which it ends.",
+                ),
+                io.Mask.Input(
+                    "face_position", optional=True,
+                    tooltip="Where the face shall be: white on a mask of the picture's shape. Without it, anywhere.",
+                ),
+                io.Int.Input(
+                    "launch", default=750, min=0, max=1000, optional=True, advanced=True,
+                    tooltip="Timestep, 1000 (noise) to 0 (picture), from which reference guidance runs.",
+                ),
+                io.Float.Input(
+                    "strength_before", default=0.85, min=0.0, max=3.0, step=0.05, optional=True, advanced=True,
+                    tooltip="Strength before launch, 0 to 3, on both prompts.",
+                ),
+                io.Float.Input(
+                    "rescale", default=0.5, min=0.0, max=1.0, step=0.05, optional=True, advanced=True,
+                    tooltip="How much of the contrast that guidance adds is taken back, 0 to 1.",
+                ),
+                io.Int.Input(
+                    "show_at_least", default=math.REFERENCES, min=1, max=16, optional=True, advanced=True,
+                    tooltip="Fewer faces are shown again until there are so many; more faces weigh more. 4 as in the "
+                    "authors' demo, 1: each face once.",
+                ),
+                io.Int.Input(
+                    "refresh", default=1, min=1, max=50, optional=True, advanced=True,
+                    tooltip="Read the faces anew every so many steps; 1 is exact, more is faster.",
+                ),
+                io.Conditioning.Input(
+                    "reference_text", optional=True,
+                    tooltip="Text that the reference net reads; without it, the negative prompt.",
+                ),
+                io.Autogrow.Input(
+                    "others", optional=True,
+                    template=io.Autogrow.TemplatePrefix(person, prefix="identity_", min=0, max=8),
+                    tooltip="Further people, mixed with the first.",
+                ),
+                io.String.Input(
+                    "weights", default="", optional=True,
+                    tooltip="One number per person when there are others, parted by commas: 0.7, 0.3. Only their ratio "
+                    "counts. Empty: equal.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        reference_net: types.LoadedReferenceNet,
+        identity: Identity,
+        vae: Any,
+        strength: float,
+        reference_guidance: float,
+        start_percent: float,
+        end_percent: float,
+        face_position: Tensor | None = None,
+        launch: int = 750,
+        strength_before: float = 0.85,
+        rescale: float = 0.5,
+        show_at_least: int = math.REFERENCES,
+        refresh: int = 1,
+        reference_text: list[Any] | None = None,
+        others: io.Autogrow.Type | None = None,
+        weights: str = "",
+    ) -> io.NodeOutput:
+        layers = readers(model, reference_net)
+        identities = [identity, *(others or {}).values()]
+        numbers = parse_weights(weights, len(identities))
+        faces = [
+            shown(model, vae, who, show_at_least, number / sum(numbers))
+            for who, number in zip(identities, numbers, strict=True)
+            if number
+        ]
+        preview = ui.PreviewImage(torch.cat([pictures for _, pictures in faces]), cls=cls)
+        if face_position is not None:
+            model = positioned(model, face_position)
+        if not strength or start_percent >= end_percent:
+            return io.NodeOutput(model, ui=preview)
+        net, own = reference_net.patcher, reference_net.patcher.is_clone(model)
+        on, launched = Window.of(model, start_percent, end_percent), launch_window(model, launch)
+        name = f"reference {uuid.uuid4().hex}"
+        injection = Reference(
+            net=reference_net,
+            layers=layers,
+            people=[person for person, _ in faces],
+            digests=[person.digest for person, _ in faces],
+            strength=strength,
+            before=strength_before,
+            on=on,
+            launch=launched,
+            guided=bool(reference_guidance),
+            refresh=refresh,
+            text=reference_text[0][0] if reference_text else None,
+            weights=(model if own else net).patches_uuid,
+            patchers=[] if own else [net],  # the host loads a model once
+            name=name,
+        )
+        branch = Branch(name, reference_guidance, rescale, on, launched)
+        return io.NodeOutput(attach(model, injection, branch), ui=preview)
+
+
+NODES = [ApplyReference]
