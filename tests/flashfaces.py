@@ -1,4 +1,4 @@
-"""FlashFace for the tests: checkpoints rebuilt from names, golden cases run through the nodes, identities with crops."""
+"""FlashFace for the tests: checkpoints rebuilt from names, calls through the nodes, identities with crops."""
 
 from __future__ import annotations
 
