@@ -104,8 +104,9 @@ class AddedLayers(nn.Module):
         super().__init__()
         channels = {self._name(key[: -len(QUERY)]): len(w) for key, w in tensors.items() if key.endswith(QUERY)}
         self.layers = nn.ModuleDict({name: AddedLayer(c, operations) for name, c in channels.items()})
-        named = (key.rsplit(".", 2) + [value] for key, value in tensors.items())
-        keymaps.load(self.layers, {f"{self._name(path)}.{part}.{kind}": value for path, part, kind, value in named})
+        moved = {key: key.rsplit(".", 2) for key in tensors}
+        named = {f"{self._name(path)}.{part}.{kind}": tensors[key] for key, (path, part, kind) in moved.items()}
+        keymaps.load(self.layers, named)
 
     @staticmethod
     def _name(path: str) -> str:

@@ -53,8 +53,8 @@ def person(faces: int = 1, seed: int = 0) -> Identity:
     return replace(identity((), (), faces, seed), crop=crop)
 
 
-def latents(faces: int = 1, seed: int = 0) -> Tensor:
-    return torch.randn(faces, 4, 28, 28, generator=torch.Generator().manual_seed(seed))
+def latents(faces: int = 1, seed: int = 0, side: int = 8) -> Tensor:
+    return torch.randn(faces, 4, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 SETTINGS: dict[str, Any] = {

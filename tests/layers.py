@@ -16,6 +16,8 @@ TREES = (*OWN, "tests")
 LIKENESS_MAY = {*sys.stdlib_module_names, "torch", "safetensors"}
 # What a stage under nodes/ may use besides likeness/ and its own folder.
 SHARED = {"nodes.types", "nodes.loaders.files", "nodes.photos"}
+# FlashFace's model is not whole without its added layers, which its loader has to put in.
+SHARED |= {"nodes.attention.added"}
 REGISTRY = "nodes.registry"
 PATCH = "nodes.attention.patch"
 FILES = "nodes.loaders.files"

@@ -86,9 +86,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-def controlnet(positive: list[Any]) -> list[Any]:
+def controlnet(positive: list[Any], **changes: Any) -> list[Any]:
     """A prompt with a small ControlNet of the host on it, from seeds, that changes the picture visibly."""
-    config = {key: value for key, value in copy.deepcopy(SD15).items() if key != "out_channels"}
+    config = {key: value for key, value in copy.deepcopy(SD15 | changes).items() if key != "out_channels"}
     model = comfy.cldm.cldm.ControlNet(hint_channels=3, dtype=torch.float32, **config)
     generator = torch.Generator().manual_seed(11)
     model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})

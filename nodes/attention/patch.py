@@ -267,7 +267,7 @@ class Hooks:
 
 
 def _hooks(model: ModelPatcher) -> Hooks:
-    found = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY)
+    found: Any = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY)
     return found[0].__self__ if found else Hooks()
 
 

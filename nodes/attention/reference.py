@@ -151,9 +151,12 @@ class Reference:
 
     def _read(self, person: Shown, time: Tensor, text: Tensor, call: Call) -> dict[Place, Tensor]:
         """One pass of the reference net over a person's faces: clean, at the picture's time, with the negative text."""
-        x = person.latents.to(call.device, call.dtype)
-        context = text.to(call.device, call.dtype).expand(len(x), -1, -1)
-        return inputs(self.net.patcher.model.diffusion_model, x, time.expand(len(x)), context, self.places)
+        model = self.net.patcher.model
+        dtype = (model.manual_cast_dtype or model.get_dtype()) if self.patchers else call.dtype
+        x = person.latents.to(call.device, dtype)
+        context = text.to(call.device, dtype).expand(len(x), -1, -1)
+        seen = inputs(model.diffusion_model, x, time.expand(len(x)), context, self.places)
+        return {place: tensor.to(call.dtype) for place, tensor in seen.items()}
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         layer, rows, pairs = state

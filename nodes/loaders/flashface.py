@@ -66,11 +66,17 @@ class InputChannels:
 
 def host_model(tensors: Mapping[str, Tensor]) -> ModelPatcher:
     """A MODEL of the host with these weights, under the host's names; their dtype stays."""
-    config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(dict(tensors), ""))
+    config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(dict(tensors), "") or {})
     device, dtype = comfy.model_management.get_torch_device(), next(iter(tensors.values())).dtype
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
-    model = comfy.model_base.BaseModel(config, device=torch.device("meta"))  # its weights come whole
+    try:
+        model = comfy.model_base.BaseModel(config, device=torch.device("meta"))  # its weights come whole
+    except Exception as error:  # the host builds what it detects, and fails anyhow where that is no UNet
+        raise ValueError(
+            f"got {len(tensors)} tensors that make no UNet ({type(error).__name__}); expected those of SD1.5's, whole; "
+            "download the file again"
+        ) from error
     keymaps.load(model.diffusion_model, tensors)
     for module in model.diffusion_model.modules():
         if isinstance(module, nn.GroupNorm):
@@ -130,8 +136,10 @@ def load(file: str, base: ModelPatcher | None, limit: int) -> Loaded:
 
 
 def bank_of(limit: int) -> MemoryBank:
-    cpu = torch.device("cpu")
-    return MemoryBank(limit, lambda: comfy.model_management.get_free_memory(cpu))
+    def free() -> int:
+        return int(comfy.model_management.get_free_memory(torch.device("cpu")))  # pyright: ignore[reportArgumentType]
+
+    return MemoryBank(limit, free)
 
 
 CACHE = io.Int.Input(
