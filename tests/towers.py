@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
@@ -36,7 +39,10 @@ def checkpoint(tower: VisionTransformer, prefix: str = "") -> dict[str, Tensor]:
 
 def host(weights: dict[str, Tensor], **changes: Any) -> comfy.clip_vision.ClipVisionModel:
     """A CLIP_VISION of the host in float32."""
-    vision = comfy.clip_vision.ClipVisionModel({**CONFIG, **changes})
+    with tempfile.TemporaryDirectory() as folder:  # older hosts read a file, and nothing else
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps({**CONFIG, **changes}))
+        vision = comfy.clip_vision.ClipVisionModel(str(path))
     vision.model.float()
     missing, unexpected = vision.load_sd(weights)
     assert not missing and not [key for key in unexpected if key.startswith(("vision_model", "visual"))]

@@ -32,6 +32,7 @@ VIEW = {"width": 1600, "height": 1000}
 # What the front end says of itself and of its own start graph, whose models it looks up on the web.
 BENIGN = (
     "graph accessed before initialization", "huggingface.co/Comfy-Org/", "/api/userdata", "Failed to load resource",
+    "[Jobs API]",
 )  # fmt: skip
 # What a new user's front end asks for and does not find; it takes defaults.
 ABSENT = ("/user.css", "/api/user.css", "/api/userdata", "/userdata")

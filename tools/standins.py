@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces
+from . import standin_faces, standin_flashface
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -195,6 +195,12 @@ def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
     return tuple(width if size in (320, 640, 1280) else size for size in shape)
 
 
+def flashface(channels: int, width: int = 32) -> dict[str, Tensor]:
+    """A FlashFace file; `width` 320 and SD15's own levels are the published size."""
+    shapes = unet({**SD15, "model_channels": width, "channel_mult": [1, 2, 4, 4]})
+    return standin_flashface.with_aliases(fill(standin_flashface.names(shapes, channels)))
+
+
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The groups of a `.bin` file."""
     out: dict[str, dict[str, Tensor]] = {}
@@ -232,6 +238,8 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "instantid/diffusion_pytorch_model.safetensors": ("controlnet", controlnet_sdxl),
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
+    "flashface.ckpt": ("likeness", partial(flashface, 5)),
+    "flashface_inpainting.ckpt": ("likeness", partial(flashface, 9)),
     **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
 }
 
@@ -282,7 +290,10 @@ def _save(make: Make, path: Path) -> None:
 
     _bring_host()
     tensors = {key: value.contiguous() for key, value in make().items()}
-    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(nested(tensors), path)
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:  # the groups of a .bin file; a .ckpt is flat
+        torch.save(nested(tensors) if path.suffix == ".bin" else tensors, path)
 
 
 if __name__ == "__main__":

@@ -139,14 +139,14 @@ def _moved(value: Any, ids: dict[str, str]) -> Any:
 
 
 def complete(prompt: Prompt, info: dict[str, Any]) -> Prompt:
-    """Classes and inputs alone, with the defaults of optional widgets that the prompt leaves out."""
-    return {
-        number: {
-            "class_type": node["class_type"],
-            "inputs": {**dict(_defaults(info[node["class_type"]])), **node["inputs"]},
-        }
-        for number, node in prompt.items()
-    }
+    """Classes and declared inputs alone, with the defaults of optional widgets that the prompt leaves out."""
+    out = {}
+    for number, node in prompt.items():
+        about = info[node["class_type"]]
+        declared = {*about["input"].get("required", {}), *(about["input"].get("optional") or {})}
+        given = {name: value for name, value in node["inputs"].items() if name.partition(".")[0] in declared}
+        out[number] = {"class_type": node["class_type"], "inputs": {**dict(_defaults(about)), **given}}
+    return out
 
 
 def _defaults(info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
