@@ -18,7 +18,14 @@ NAMES = demo.names()
 SMALL: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": 128, "height": 128},
     "LikenessFaceKeyPoints": {"width": 128, "height": 128},
+    "ImageScale": {"width": 128, "height": 128},
     "KSampler": {"steps": 2},
+    "LikenessTrailingSchedule": {"steps": 2},
+}
+# Nodes that put an identity into a model, and what makes each do nothing; None is nothing connected.
+APPLY: dict[str, dict[str, Any]] = {
+    "LikenessApplyDecoupled": {"strength": 0.0},
+    "LikenessApplyReference": {"strength": 0.0, "face_position": None},
 }
 
 Prompt = dict[str, Any]
@@ -29,16 +36,17 @@ def workflow(name: str) -> dict[str, Any]:
 
 
 def small(name: str, **changes: dict[str, Any]) -> Prompt:
-    """A prompt of the repository for a small picture in few steps; `changes` are inputs by class."""
+    """A prompt of the repository for a small picture in few steps; `changes` are inputs by class, None removes one."""
     prompt = copy.deepcopy(demo.read(name))
     for node in prompt.values():
-        node["inputs"] |= SMALL.get(node["class_type"], {}) | changes.get(node["class_type"], {})
+        inputs = node["inputs"] | SMALL.get(node["class_type"], {}) | changes.get(node["class_type"], {})
+        node["inputs"] = {key: value for key, value in inputs.items() if value is not None}
     return prompt
 
 
 def bare(prompt: Prompt) -> Prompt:
     """The prompt without its Apply nodes: whoever took their model takes the one that they took."""
-    gone = {key: node for key, node in prompt.items() if node["class_type"] == "LikenessApplyDecoupled"}
+    gone = {key: node for key, node in prompt.items() if node["class_type"] in APPLY}
     rest = {key: copy.deepcopy(node) for key, node in prompt.items() if key not in gone}
     for node in rest.values():
         for name, value in node["inputs"].items():

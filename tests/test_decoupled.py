@@ -11,7 +11,8 @@ from comfyui_likeness.likeness import curves, decoupled, detect, keymaps
 from comfyui_likeness.likeness.resampler import Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import decoupled as nodes
-from comfyui_likeness.nodes.attention.patch import KEY, Active, Place, Slot, Window, attach
+from comfyui_likeness.nodes.attention.injection import Place, Window
+from comfyui_likeness.nodes.attention.patch import KEY, Active, Slot, attach
 from comfyui_likeness.nodes.types import LoadedAdapter
 from golden import GOLDEN, Case, assert_close, cases
 from identities import identity

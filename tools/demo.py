@@ -25,7 +25,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 SMALL: dict[str, dict[str, int]] = {
     "EmptyLatentImage": {"width": 256, "height": 256},
     "LikenessFaceKeyPoints": {"width": 256, "height": 256},
+    "ImageScale": {"width": 256, "height": 256},
     "KSampler": {"steps": 4},
+    "LikenessTrailingSchedule": {"steps": 4},
 }
 
 Prompt = dict[str, Any]

@@ -45,7 +45,7 @@ GROUPS = (
         "Who",
         0,
         "#3f789e",
-        ("LoadImage", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
+        ("LoadImage", "ImageScale", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
             "LoadFaceAnalyzer", "LoadImageEncoder", "EncodeIdentity", "LoadIdentity", "MixIdentities"))),
     ),
     Group("Keep", 0, "#8a6d3b", (f"{PREFIX}MergeIdentities", f"{PREFIX}SaveIdentity")),
@@ -56,9 +56,14 @@ GROUPS = (
         "#88527a",
         (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced"),
     ),
-    Group("Model and prompt", 1, "#6b5b95", ("CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage")),
-    Group("Identity into the model", 1, "#3f7a5a", (f"{PREFIX}LoadAdapter", f"{PREFIX}ApplyDecoupled")),
-    Group("Picture", 1, "#3f789e", ("KSampler", "VAEDecode", "SaveImage")),
+    Group("Place of the face", 0, "#88527a", ("SolidMask", "MaskComposite")),
+    Group("Model and prompt", 1, "#6b5b95", (
+        "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning")),
+    Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
+        "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference"))),
+    Group("Picture", 1, "#3f789e", (
+        f"{PREFIX}TrailingSchedule", "KSamplerSelect", "KSampler", "SamplerCustom", "VAEDecode", "ImageStitch",
+        "SaveImage")),
 )  # fmt: skip
 LIBRARY = "identity_library_make"  # what it keeps, others load
 VIEWERS = ("PreviewImage", "PreviewAny")
@@ -78,6 +83,13 @@ ABOUT = {
     "portrait_plus_face": "A painting that keeps the face of a photo, by IP-Adapter Plus-Face on SD1.5.",
     "instantid_sdxl": "The face and its pose of a photo, by InstantID on SDXL: the adapter brings the face, the "
     "ControlNet its five key points.",
+    "flashface_portrait": "A portrait by FlashFace from four photos, with the face where the mask says, as in the "
+    "authors' demo. State an age in the prompt. Photos 2 to 4 are variants of one; use four different ones.",
+    "flashface_age_gender": "FlashFace lets the prompt change age and gender: two prompts at three strengths, as a "
+    "grid. The more strength, the more of the photos.",
+    "flashface_mix": "A person between two, by FlashFace: the weights say how much of each.",
+    "flashface_inpaint": "Paints a face into a picture, by FlashFace's inpainting version (a UNet of 9 input channels, "
+    "which its authors describe but have not published) in models/likeness.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
     "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
@@ -116,6 +128,7 @@ MODELS = {
         f"{HUGGING_FACE}/InstantX/InstantID/resolve/main/ControlNetModel/diffusion_pytorch_model.safetensors",
         "controlnet",
     ),
+    "flashface.ckpt": (f"{HUGGING_FACE}/shilongz/FlashFace-SD1.5/resolve/main/flashface.ckpt", "likeness"),
     "buffalo_l": (f"{FACE_MODELS}/buffalo_l.zip", "insightface/models"),
     "antelopev2": (f"{FACE_MODELS}/antelopev2.zip", "insightface/models"),
 }
