@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def with_identity(model: Any, base: str, size: str, kind: str) -> Any:
     return node.execute(model, adapter, person, 0.8, 0.0, 1.0, "linear", "V only").args[0]
 
 
+def count(run: Callable[[], None]) -> int:
+    """FLOPs of a run."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    # The counter does not know the CPU's fused attention.
+    known: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
+        run()
+    return counter.get_total_flops()
+
+
 @dataclass(frozen=True)
 class Bench:
     """A model to measure, and how to run it."""
@@ -134,20 +150,8 @@ class Bench:
 
     def flops(self) -> tuple[int, int]:
         """FLOPs of one step, and what a run pays once besides."""
-        import torch
-        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-        def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-            return sdpa_flop_count(q, k, v)
-
-        # The counter does not know the CPU's fused attention.
-        known: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
         self.run(1)  # a LoRA is put into the weights when they are loaded, not in every run
-        counts = []
-        for steps in (2, 3):
-            with FlopCounterMode(display=False, custom_mapping=known) as counter:
-                self.run(steps)
-            counts.append(counter.get_total_flops())
+        counts = [count(partial(self.run, steps)) for steps in (2, 3)]
         step = counts[1] - counts[0]
         return step, counts[0] - 2 * step
 
@@ -191,15 +195,17 @@ def peak_bytes(arguments: argparse.Namespace, base: str, kind: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def peak_here(bench: Bench) -> int:
+def peak_here(run: Callable[[], None]) -> int:
     """Peak memory of a run, not of the making of the weights where the system can tell the two apart."""
     import torch
 
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if reset.exists():
-        gc.collect()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif reset.exists():
         reset.write_text("5")  # the peak starts again from here
-    bench.run(2)
+    run()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if status.is_file():  # what getrusage says on Linux begins with the parent's peak
@@ -263,7 +269,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--base", choices=("sd15", "sdxl", "both"), default="both")
+    parser.add_argument("--base", choices=("sd15", "sdxl", "both", "flashface"), default="both")
     parser.add_argument("--size", choices=("small", "full"), default="small", help="320 channels everywhere, or all")
     parser.add_argument("--resolution", type=int, default=256, help="side of the picture in pixels")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per repeat")
@@ -280,7 +286,11 @@ def main(words: list[str]) -> None:
         model = base_model(arguments.base, arguments.size)
         if arguments.peak != BARE:
             model = with_identity(model, arguments.base, arguments.size, arguments.peak)
-        print(peak_here(Bench(arguments.base, arguments.resolution, model)))
+        bench = Bench(arguments.base, arguments.resolution, model)
+        print(peak_here(partial(bench.run, 2)))
+        return
+    if arguments.base == "flashface":
+        print(importlib.import_module(f"{PACKAGE}.benchmarks.flashface").measure(arguments))
         return
     for base in ("sd15", "sdxl") if arguments.base == "both" else (arguments.base,):
         print(

@@ -275,6 +275,18 @@ def test_a_position_per_picture_and_none_afterwards(model: ModelPatcher, net: Lo
     assert torch.equal(sample(model, batch=2), plain)  # another clone's channel is not ours
 
 
+def test_a_box_is_the_authors_mask(model: ModelPatcher, net: LoadedReferenceNet) -> None:
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 16:32, 24:40] = 1
+    boxed = referenced(model, net, face_box="0.375, 0.25, 0.625, 0.5")
+    assert torch.equal(sample(boxed), sample(referenced(model, net, face_position=mask)))
+    for wrong in ("0.3, 0.1", "a, b, c, d", "0.6, 0, 0.3, 1", "0, 0, 1, 7"):
+        with pytest.raises(ValueError, match="0.3, 0.1, 0.6, 0.4"):
+            referenced(model, net, face_box=wrong)
+    with pytest.raises(ValueError, match="one of them"):
+        referenced(model, net, face_box="0, 0, 1, 1", face_position=mask)
+
+
 def test_reference_only(net: LoadedReferenceNet) -> None:
     base, other = patcher(), patcher(weights=patcher().model.diffusion_model.state_dict())
     before = sample(base)

@@ -146,6 +146,11 @@ def injections(model: ModelPatcher) -> tuple[Injection, ...]:
     return _hooks(model).injections
 
 
+def branches(model: ModelPatcher) -> tuple[Branch, ...]:
+    """What guides a model beyond the host's own guidance."""
+    return _hooks(model).branches
+
+
 def inputs(unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[Place]) -> dict[Place, Tensor]:
     """What the self-attentions at `places` read [n, tokens, C] when a UNet sees x [n, C, H, W]. Nothing else is run.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
@@ -22,6 +21,7 @@ from .. import types
 from .added import HEARD, Added
 from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window
 from .patch import attach, host_attention, injections, inputs
+from .position import positioned
 from .unet import Site, sites
 
 SIDES = ("middle", "output")  # encoder blocks see no reference (Sec. 3.2)
@@ -47,10 +47,7 @@ class Shown:
     latents: Tensor
     order: tuple[int, ...]
     share: float
-
-    @property
-    def digest(self) -> str:
-        return digest(self.latents)
+    digest: str
 
 
 def digest(tensor: Tensor) -> str:
@@ -83,7 +80,6 @@ class Reference:
     net: types.LoadedReferenceNet
     layers: Mapping[Place, Layer]
     people: Sequence[Shown]
-    digests: Sequence[str]
     strength: float
     before: float
     on: Window
@@ -138,9 +134,9 @@ class Reference:
         key = (sigma, words, self.weights, call.dtype, call.device)
         if step.key != key:
             step.pairs = {place: [] for place in self.layers}
-            for person, faces in zip(self.people, self.digests, strict=True):
+            for person in self.people:
                 seen = self.net.bank.get(
-                    (faces, *key[:-1]), call.device, lambda person=person: self._read(person, time, text, call)
+                    (person.digest, *key[:-1]), call.device, lambda person=person: self._read(person, time, text, call)
                 )
                 for place, layer in self.layers.items():
                     made = (project(seen[place])[list(person.order)] for project in (layer.k, layer.v))
@@ -170,18 +166,6 @@ class Reference:
 
 def attend(options: dict[str, Any]) -> math.Attend:
     return lambda q, k, v: host_attention(q, k, v, options)
-
-
-@dataclass(frozen=True, eq=False)
-class Position:
-    """Where the face shall be: FlashFace's further input channel, of a mask [B, H, W] of the picture."""
-
-    mask: Tensor
-
-    def __call__(self, **given: Any) -> Tensor:
-        noise = given["noise"]
-        small = torch.nn.functional.interpolate(self.mask[:, None].float(), size=noise.shape[-2:], mode="nearest")
-        return comfy.utils.repeat_to_batch_size((small > 0.5).to(noise), noise.shape[0])
 
 
 def readers(model: ModelPatcher, net: types.LoadedReferenceNet) -> dict[Place, Layer]:
@@ -218,7 +202,7 @@ def shown(model: ModelPatcher, vae: Any, identity: Identity, least: int, share: 
             f"got a VAE that makes {list(latents.shape)} of {len(pictures)} faces; expected 4 channels; "
             "connect the VAE of an SD1.5 checkpoint"
         )
-    return Shown(latents, tuple(math.repeats(len(latents), least)), share), pictures
+    return Shown(latents, tuple(math.repeats(len(latents), least)), share, digest(latents)), pictures
 
 
 def launch_window(model: ModelPatcher, launch: int) -> Window:
@@ -227,21 +211,6 @@ def launch_window(model: ModelPatcher, launch: int) -> Window:
     if launch >= math.TRAINED_STEPS - 1:
         return ALWAYS
     return Window(float(sampling.sigma(torch.tensor(launch + 0.5))), -1.0)
-
-
-def positioned(model: ModelPatcher, mask: Tensor) -> ModelPatcher:
-    """The model with a face position in its input. Raises ValueError where it has no channel for one."""
-    channels = model.model.model_config.unet_config["in_channels"]
-    if channels != 5:
-        raise ValueError(
-            f"got a face position for a model of {channels} input channels; expected FlashFace's, which has 5; "
-            "disconnect it: an inpainting model takes the place from its mask"
-        )
-    if not mask.isfinite().all():
-        raise ValueError("got a face position with NaN or infinite values; expected 0 to 1; make the mask again")
-    model = model.clone()
-    model.add_object_patch("concat_cond", Position(mask))
-    return model
 
 
 class ApplyReference(io.ComfyNode):
@@ -317,6 +286,11 @@ class ApplyReference(io.ComfyNode):
                     tooltip="One number per person when there are others, parted by commas: 0.7, 0.3. Only their ratio "
                     "counts. Empty: equal.",
                 ),
+                io.String.Input(
+                    "face_box", default="", optional=True, advanced=True,
+                    tooltip="Instead of a mask: left, top, right, bottom of the face in parts of the picture, 0 to 1, "
+                    "as 0.3, 0.1, 0.6, 0.4. The square of its longer side counts.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )  # fmt: skip
@@ -341,6 +315,7 @@ class ApplyReference(io.ComfyNode):
         reference_text: list[Any] | None = None,
         others: io.Autogrow.Type | None = None,
         weights: str = "",
+        face_box: str = "",
     ) -> io.NodeOutput:
         layers = readers(model, reference_net)
         identities = [identity, *(others or {}).values()]
@@ -351,8 +326,7 @@ class ApplyReference(io.ComfyNode):
             if number
         ]
         preview = ui.PreviewImage(torch.cat([pictures for _, pictures in faces]), cls=cls)
-        if face_position is not None:
-            model = positioned(model, face_position)
+        model = positioned(model, face_position, face_box)
         if not strength or start_percent >= end_percent:
             return io.NodeOutput(model, ui=preview)
         net, own = reference_net.patcher, reference_net.patcher.is_clone(model)
@@ -362,7 +336,6 @@ class ApplyReference(io.ComfyNode):
             net=reference_net,
             layers=layers,
             people=[person for person, _ in faces],
-            digests=[person.digest for person, _ in faces],
             strength=strength,
             before=strength_before,
             on=on,
