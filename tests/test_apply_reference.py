@@ -264,6 +264,25 @@ def test_an_interrupt_leaves_no_trace(model: ModelPatcher, net: LoadedReferenceN
     assert torch.equal(sample(ours), whole)
 
 
+def test_models_that_are_loaded_in_part(
+    model: ModelPatcher, net: LoadedReferenceNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU under --novram: weights stay where they are and are brought layer by layer."""
+    management = comfy.model_management
+    ours = referenced(model, net)
+    whole = sample(ours)
+    management.unload_all_models()
+    net.bank.clear()
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    in_part = sample(ours)
+    assert all(patcher.model.model_lowvram for patcher in (model, net.patcher, net.added))
+    assert torch.equal(in_part, whole)
+    monkeypatch.undo()
+    management.unload_all_models()
+    assert torch.equal(sample(ours), whole)
+
+
 def test_a_position_per_picture_and_none_afterwards(model: ModelPatcher, net: LoadedReferenceNet) -> None:
     masks = torch.zeros(2, 64, 64)
     masks[0, :32], masks[1, 32:] = 1, 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.sample
@@ -19,6 +20,12 @@ from torch import Tensor
 BY_KIND: dict[str, list[Any]] = {}
 for case in CASES["cases"]:
     BY_KIND.setdefault(case["kind"], []).append(pytest.param(case, id=case["id"]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back() -> Iterator[None]:
+    yield
+    loaded.cache_clear()  # two UNets of full size
 
 
 class Given:
