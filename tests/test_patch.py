@@ -174,3 +174,10 @@ def test_a_controlnet_and_the_identity_work_together(base: ModelPatcher) -> None
     assert not close(out, sample(base, **controlled), 1e-4)
     assert not close(out, sample(applied(base)), 1e-4)
     assert torch.equal(sample(applied(base, strength=0.0), **controlled), sample(base, **controlled))
+
+
+def test_a_copied_prompt_keeps_its_name() -> None:
+    named = {"positive": [{"uuid": 1}], "negative": [{"uuid": 2}]}
+    assert patch._name(named["negative"], named) == "negative"
+    assert patch._name([{"uuid": 2}], named) == "negative" and patch._name([{"uuid": 1}], named) == "positive"
+    assert patch._name(None, named) == "" and patch._name([{"uuid": 3}], named) == ""

@@ -238,7 +238,7 @@ class Hooks:
         named = model_options.get(CONDS)
         if named is None:
             return executor(model, conds, x, timestep, model_options)
-        names = [next((name for name, own in named.items() if own is cond), "") for cond in conds]
+        names = [_name(cond, named) for cond in conds]
         ran: _Branches | None = model_options.get(BRANCHES)
         first = ran is not None and ran.positive is None and "positive" in names
         further = [b.name for b in ran.wanted] if ran is not None and first else []
@@ -269,6 +269,13 @@ class Hooks:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
         return self
+
+
+def _name(cond: list[Any] | None, named: Mapping[str, list[Any]]) -> str:
+    """The guider's name of a prompt. Context windows copy prompts; the host's mark on their parts stays."""
+    same = (name for name, own in named.items() if own is cond)
+    alike = (name for name, own in named.items() if cond and own and own[0].get("uuid") == cond[0].get("uuid"))
+    return next(same, "") or next(alike, "")
 
 
 def _hooks(model: ModelPatcher) -> Hooks:

@@ -139,9 +139,8 @@ class Reference:
                     (person.digest, *key[:-1]), call.device, lambda person=person: self._read(person, time, text, call)
                 )
                 for place, layer in self.layers.items():
-                    made = (project(seen[place])[list(person.order)] for project in (layer.k, layer.v))
-                    k, v = (t.flatten(0, 1)[None] for t in made)
-                    step.pairs[place].append((k, v))
+                    k, v = layer.k(seen[place]), layer.v(seen[place])
+                    step.pairs[place].append((in_a_row(k, person.order), in_a_row(v, person.order)))
             step.key = key
         return step.pairs
 
@@ -150,7 +149,7 @@ class Reference:
         model = self.net.patcher.model
         dtype = (model.manual_cast_dtype or model.get_dtype()) if self.patchers else call.dtype
         x = person.latents.to(call.device, dtype)
-        context = text.to(call.device, dtype).expand(len(x), -1, -1)
+        context = text[:1].to(call.device, dtype).expand(len(x), -1, -1)
         seen = inputs(model.diffusion_model, x, time.expand(len(x)), context, self.places)
         return {place: tensor.to(call.dtype) for place, tensor in seen.items()}
 
@@ -162,6 +161,11 @@ class Reference:
             for person, pair in zip(self.people, pairs, strict=True):
                 out[some] += strength * person.share * math.difference(heard, some, pair, attend(options), layer.o)
         return out
+
+
+def in_a_row(faces: Tensor, order: Sequence[int]) -> Tensor:
+    """The tokens of n faces [n, L, C] as one row [1, len(order) * L, C]."""
+    return torch.cat([faces[i] for i in order])[None]
 
 
 def attend(options: dict[str, Any]) -> math.Attend:
