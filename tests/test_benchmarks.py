@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from comfyui_likeness.benchmarks import flashface
 from comfyui_likeness.benchmarks.measure import KINDS, Bench, Row, base_model, table, with_identity
 from comfyui_likeness.nodes.attention.unet import sites
 
@@ -40,3 +42,14 @@ def test_the_table_has_a_row_per_kind() -> None:
     rows = [Row(kind, 100 + i, i, [1.0, 2.0], 10, None) for i, kind in enumerate(("bare model", *KINDS))]
     text = table(rows)
     assert all(f"| {kind} |" in text for kind in KINDS) and "1.0100" in text
+
+
+def test_the_authors_way_of_flashface_gives_our_picture() -> None:
+    model, net = flashface.load("small")
+    cases = {case.name: case for case in flashface.cases(model, net, RESOLUTION)}
+    theirs = cases["the authors' way"].run(2)
+    first = cases["ours, first picture"].run(2)
+    assert torch.equal(cases["ours, from the second picture on"].run(2), first)
+    assert float((theirs - first).norm() / first.norm()) < 1e-4
+    plain = cases["bare model, two rows"].run(2)
+    assert float((plain - first).norm() / first.norm()) > 1e-2
