@@ -16,7 +16,7 @@ from ...likeness import curves
 from ...likeness import decoupled as math
 from ...likeness.spec import AdapterSpec, Identity
 from .. import types
-from .injection import Bank, Call, Place, Window
+from .injection import Bank, Call, Place, Window, window_inputs
 from .patch import attach, host_attention
 from .unet import Site, sites
 
@@ -145,14 +145,7 @@ class ApplyDecoupled(io.ComfyNode):
                     tooltip="How much of the identity's attention is added, -1 to 5: 0 none, 1 as trained. "
                     "0.5 to 0.8 leaves room for the prompt.",
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-                    tooltip="Part of the sampling, 0 to 1, after which it sets in.",
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-                    tooltip="Part of the sampling, 0 to 1, at which it ends.",
-                ),
+                *window_inputs(),
                 io.Combo.Input(
                     "layer_weights", options=list(curves.LAYER_WEIGHTS), default="linear",
                     tooltip="How the strength is spread over the layers of the model.",

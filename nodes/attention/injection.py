@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
 from torch import Tensor
 
 OUTPUT = "attn1_output"
@@ -56,6 +57,20 @@ class Window:
         first = sigma.flatten()[0]
         inside = (first > self.end) & (first <= self.start)
         return bool(inside) if sigma.device.type == "cpu" else inside
+
+
+def window_inputs() -> list[io.Float.Input]:
+    """The two inputs by which every apply node is told its window."""
+    return [
+        io.Float.Input(
+            "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+            tooltip="Part of the sampling, 0 to 1, after which it sets in.",
+        ),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+            tooltip="Part of the sampling, 0 to 1, at which it ends.",
+        ),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

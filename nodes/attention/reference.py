@@ -19,7 +19,7 @@ from ...likeness.identity import parse_weights
 from ...likeness.spec import Identity
 from .. import types
 from .added import HEARD, Added
-from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window
+from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window, window_inputs
 from .patch import attach, host_attention, injections, inputs
 from .position import positioned
 from .unet import Site, sites
@@ -243,14 +243,7 @@ class ApplyReference(io.ComfyNode):
                     tooltip="How far the picture is pushed to the references beyond the prompt (lambda_ref), 0 to 10. "
                     "It costs a third row; 0 needs none, and shows the references to both prompts.",
                 ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-                    tooltip="Part of the sampling, 0 to 1, after which it sets in.",
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-                    tooltip="Part of the sampling, 0 to 1, at which it ends.",
-                ),
+                *window_inputs(),
                 io.Mask.Input(
                     "face_position", optional=True,
                     tooltip="Where the face shall be: white on a mask of the picture's shape. Without it, anywhere.",
