@@ -34,6 +34,12 @@ LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))
 STICK, DIMMED, DOT = 4.0, 0.6, 10.0
 
 
+# People on a map, by their number; more begin again.
+PEOPLE = ((0.90, 0.32, 0.25), (0.25, 0.55, 0.92), (0.30, 0.75, 0.38), (0.95, 0.75, 0.20), (0.62, 0.40, 0.85),
+          (0.20, 0.75, 0.78), (0.95, 0.50, 0.70), (0.60, 0.45, 0.30))  # fmt: skip
+NOBODY, SHARED = 0.22, 1.0
+
+
 def _grid(height: int, width: int) -> Tensor:
     """The place of every pixel, [H, W, 2] as x, y."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -91,6 +97,25 @@ def key_points(faces: list[Tensor], height: int, width: int) -> Tensor:
         for point, colour in zip(points.double(), KPS_COLOURS, strict=True):
             out = _paint(out, (at - point).norm(dim=-1) <= DOT, colour)
     return out
+
+
+def ownership(covers: list[Tensor | None], height: int, width: int) -> Tensor:
+    """Who owns which cell, [height, width, 3]: everyone's cover [height, width] in a colour, None for everywhere.
+
+    Dark where nobody is, white where several are. People who may be everywhere own no cell.
+    """
+    out, total = torch.full((height, width, 3), NOBODY), torch.zeros(height, width, 1)
+    for number, cover in enumerate(covers):
+        if cover is not None:
+            out = out + cover[..., None] * (torch.tensor(PEOPLE[number % len(PEOPLE)]) - NOBODY)
+            total = total + cover[..., None]
+    several = (total - 1).clamp(0, 1)
+    return (out * (1 - several) + SHARED * several).clamp(0, 1)
+
+
+def enlarged(picture: Tensor, height: int, width: int) -> Tensor:
+    """A small picture [h, w, 3] as large squares, [height, width, 3]."""
+    return interpolate(picture.movedim(-1, 0)[None], (height, width), mode="nearest-exact")[0].movedim(0, -1)
 
 
 def shrink(picture: Tensor, longest: int = 1024) -> tuple[Tensor, float]:

@@ -61,6 +61,22 @@ def outliers(vectors: Tensor, alike: float = ALIKE) -> list[int]:
     return far.nonzero().flatten().tolist()
 
 
+def pictured(identity: Identity) -> tuple[Tensor, list[int]]:
+    """The crops [n, H, W, 3] of an identity and which of them count, being of a weight above 0.
+
+    Raises ValueError where there are no crops, or none that counts.
+    """
+    if identity.crop is None:
+        raise ValueError(
+            f"got identity {identity.name!r}, which holds no face pictures; expected one with its crops; "
+            "encode the photos again, and save it with include_crops on"
+        )
+    kept = [i for i, weight in enumerate(identity.weight.tolist()) if weight > 0]
+    if not kept:
+        raise ValueError(f"identity {identity.name!r} has only faces of weight 0; give one of them a weight")
+    return identity.crop, kept
+
+
 @dataclass(frozen=True)
 class Shared:
     """`keys` maps the result's encoder ids to each identity's own id of that feature; `notes` say what was dropped."""

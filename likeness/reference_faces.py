@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .identity import pictured
 from .spec import Identity
 
 SIDE = 224  # pixels of a reference
@@ -95,15 +96,8 @@ def references(identity: Identity) -> Tensor:
 
     Faces of weight 0 are left out. Raises ValueError where none is left, or where the identity holds no pictures.
     """
-    if identity.crop is None:
-        raise ValueError(
-            f"got identity {identity.name!r}, which holds no face pictures; expected one with its crops; "
-            "encode the photos again, and save it with include_crops on"
-        )
-    kept = [i for i, weight in enumerate(identity.weight.tolist()) if weight > 0]
-    if not kept:
-        raise ValueError(f"identity {identity.name!r} has only faces of weight 0; give one of them a weight")
-    return torch.stack([square(crop(identity.crop[i], identity.box[i], identity.kps[i][:2])) for i in kept])
+    crops, kept = pictured(identity)
+    return torch.stack([square(crop(crops[i], identity.box[i], identity.kps[i][:2])) for i in kept])
 
 
 def position(box: Sequence[float], width: int, height: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -90,6 +91,36 @@ class Identity:
     def find(self, feature: Feature) -> str | None:
         """The encoder id under which this identity holds `feature`, or None."""
         return next((key for key in self.embeddings if parse_encoder_id(key)[0] == feature), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Person:
+    """An identity in a picture: where (a region [B, H, W], 0 to 1, or None for everywhere), how strongly, and what is
+    said of this person alone (the host's conditioning), if anything."""
+
+    identity: Identity
+    mask: Tensor | None = None
+    strength: float = 1.0
+    prompt: Any = None
+
+
+People = tuple[Person, ...]
+
+
+@dataclass(frozen=True)
+class FusedSpec:
+    """What a fused KV adapter is (likeness.fused).
+
+    `base` is the family of base models; `stream_noise` the noise of the face latents: `match`, that of the picture's
+    step, or `clean`, none; `face_size` the side of the face pictures in pixels; `layers` maps the path of each
+    transformer block to the width of its hidden states; `notes` say how it was trained.
+    """
+
+    base: str
+    stream_noise: str
+    face_size: int
+    layers: Mapping[str, int]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

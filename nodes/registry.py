@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import encode, identity, measure, schedule
-from .attention import decoupled, reference
+from . import encode, identity, measure, people, schedule
+from .attention import decoupled, fused, reference
 from .loaders import adapter, face_analyzer, files, flashface, image_encoder
+from .loaders import fused as fused_loader
 
 STAGES = (
-    face_analyzer, image_encoder, adapter, flashface, encode, identity, measure, decoupled, reference, schedule,
+    face_analyzer, image_encoder, adapter, flashface, fused_loader, encode, identity, measure, people, decoupled,
+    reference, fused, schedule,
 )  # fmt: skip
 NODES: list[type[io.ComfyNode]] = [node for stage in STAGES for node in stage.NODES]
 

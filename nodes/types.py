@@ -11,13 +11,22 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature
+from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec
 
 Identity = io.Custom("LIKENESS_IDENTITY")
+People = io.Custom("LIKENESS_PEOPLE")
 Adapter = io.Custom("LIKENESS_ADAPTER")
 FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
 ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
 ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
+
+
+def who_input(tooltip: str) -> io.MultiType.Input:
+    """The input by which every apply node takes one identity, or people."""
+    return io.MultiType.Input(
+        "identity", [Identity, People],
+        tooltip=f"An identity (Encode, Load, Merge, Mix), or people with regions (Person). {tooltip}".strip(),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +39,19 @@ class LoadedAdapter:
     spec: AdapterSpec
     patcher: ModelPatcher
     lora: Mapping[str, Tensor]
+    file: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedFused:
+    """What goes through LIKENESS_ADAPTER where it is a fused KV adapter (fused.FusedAdapter).
+
+    `bank` keeps what the UNet saw of the faces, for as long as this object lives.
+    """
+
+    spec: FusedSpec
+    patcher: ModelPatcher
+    bank: MemoryBank
     file: str
 
 

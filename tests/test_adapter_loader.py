@@ -6,10 +6,13 @@ import random
 from pathlib import Path
 
 import folder_paths
+import fuseds
 import pytest
 import torch
 from adapters import tensors
+from comfyui_likeness.likeness import fused as fused_math
 from comfyui_likeness.nodes.loaders import adapter, files
+from comfyui_likeness.nodes.types import LoadedFused
 from safetensors.torch import save, save_file
 
 MUTATIONS = 1200
@@ -150,3 +153,36 @@ def test_broken_files_raise_or_load_whole(folder: Path, suffix: str) -> None:
             state = loaded.patcher.model.state_dict()
             assert state.keys() == expected and all(value.isfinite().all() for value in state.values())
     assert refused > MUTATIONS // 10
+
+
+def test_files_of_the_packs_own_say_what_they_are(folder: Path) -> None:
+    tensors = fuseds.tensors()
+    told = fused_math.metadata(fuseds.spec(tensors))
+    save_file(tensors, folder / "likeness" / "own.safetensors", told)
+    loaded, report = adapter.load("own.safetensors")
+    assert isinstance(loaded, LoadedFused) and loaded.spec == fuseds.spec(tensors)
+    assert report.startswith("own.safetensors: fused KV for SD1.5, 16 cross-attentions")
+    data = (folder / "likeness" / "own.safetensors").read_bytes()
+    for name, metadata, message in (
+        ("other", {"likeness": '{"kind": "something"}'}, "kind 'something'; expected fused_kv"),
+        ("broken", {"likeness": "{"}, "metadata is damaged"),
+        ("list", {"likeness": "[]"}, "metadata is damaged"),
+        ("bare", {"likeness": '{"kind": "fused_kv"}'}, "expected kind, version, base"),
+        ("none", None, "no table of this pack knows"),
+    ):
+        save_file(tensors, folder / "likeness" / f"{name}.safetensors", metadata)
+        with pytest.raises(ValueError, match=message):
+            adapter.load(f"{name}.safetensors")
+    (folder / "likeness" / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="cut short"):
+        adapter.load("cut.safetensors")
+    tensors["text.hidden"][0, 0] = torch.nan
+    save_file(tensors, folder / "likeness" / "nan.safetensors", told)
+    with pytest.raises(ValueError, match="NaN"):
+        adapter.load("nan.safetensors")
+
+
+def test_a_flashface_checkpoint_is_sent_to_its_loader(folder: Path) -> None:
+    torch.save({"ref_encoder.0.weight": torch.zeros(4, 4)}, folder / "likeness" / "flashface.ckpt")
+    with pytest.raises(ValueError, match="Load FlashFace"):
+        adapter.load("flashface.ckpt")

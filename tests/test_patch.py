@@ -43,6 +43,7 @@ class Recorder:
     """An injection that adds nothing and notes which rows carry the identity."""
 
     window, patchers, places = Window(1e9, -1.0), [], [Place("attn2", ("middle", 0), 0, False)]
+    stepwise = False
 
     def __init__(self) -> None:
         self.bank, self.calls = Bank(), []

@@ -24,6 +24,7 @@ class Added:
     patcher: ModelPatcher
     layers: Mapping[Place, AddedLayer]
     window: None = None
+    stepwise: bool = False
     bank: Bank = field(default_factory=Bank)
 
     @property

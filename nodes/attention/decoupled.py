@@ -12,12 +12,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness import curves
+from ...likeness import curves, regions
 from ...likeness import decoupled as math
-from ...likeness.spec import AdapterSpec, Identity
+from ...likeness.spec import AdapterSpec, Identity, People
 from .. import types
 from .injection import Bank, Call, Place, Window, window_inputs
 from .patch import attach, host_attention
+from .regional import cover
 from .unet import Site, sites
 
 BATCHES = {"one identity": False, "unfold": True}
@@ -27,9 +28,10 @@ LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
 
 @dataclass(frozen=True, eq=False)
 class Decoupled:
-    """An adapter of the IP-Adapter family bound to an identity (injection.Injection).
+    """An adapter of the IP-Adapter family bound to an identity (injection.Term).
 
-    `shares` says what each cross-attention gets of the strength; sites without a share are not in it.
+    `shares` says what each cross-attention gets of the strength; sites without a share are not in it. `mask` is the
+    region [B, H, W], or None for everywhere.
     """
 
     adapter: types.LoadedAdapter
@@ -39,7 +41,9 @@ class Decoupled:
     scaling: str
     shortcut: float
     unfold: bool
+    mask: Tensor | None
     window: Window
+    stepwise: bool = False
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -56,7 +60,11 @@ class Decoupled:
     def _lay_out(self, call: Call) -> Mapping[Place, Any]:
         projected, bias = self.bank.get((call.dtype, call.device), lambda: self._project(call))
         return {
-            place: (*(math.rows(cond, uncond, call.conditional, call.rows, self.unfold) for cond, uncond in pair), bias)
+            place: (
+                *(math.rows(cond, uncond, call.conditional, call.rows, self.unfold) for cond, uncond in pair),
+                bias,
+                call,
+            )
             for place, pair in projected.items()
         }
 
@@ -78,8 +86,19 @@ class Decoupled:
         return out, None if bias is None else bias.to(call.dtype)
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        k, v, bias = state
-        return host_attention(q, k, v, options, bias)
+        k, v, bias, call = state
+        term = host_attention(q, k, v, options, bias)
+        return term if self.mask is None else term * cover(self.bank, self.mask, call, options)
+
+
+def decoupled_adapter(given: Any) -> types.LoadedAdapter:
+    """What came through the adapter socket. Raises ValueError where it is of another method."""
+    if isinstance(given, types.LoadedAdapter):
+        return given
+    raise ValueError(
+        f"got {given.file}, which is no adapter of the IP-Adapter family; expected one; load one from "
+        "models/ipadapter, or use the Apply Identity node of this adapter's own method"
+    )
 
 
 def _place(site: Site) -> Place:
@@ -139,7 +158,7 @@ class ApplyDecoupled(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5 or SDXL model, with any LoRAs and patches it already has."),
                 types.Adapter.Input("adapter", tooltip="From Load Identity Adapter; made for this base model."),
-                types.Identity.Input("identity", tooltip="From Encode, Load, Merge or Mix Identity."),
+                types.who_input(""),
                 io.Float.Input(
                     "strength", default=0.8, min=-1.0, max=5.0, step=0.05,
                     tooltip="How much of the identity's attention is added, -1 to 5: 0 none, 1 as trained. "
@@ -183,7 +202,7 @@ class ApplyDecoupled(io.ComfyNode):
         cls,
         model: ModelPatcher,
         adapter: types.LoadedAdapter,
-        identity: Identity,
+        identity: Identity | People,
         strength: float,
         start_percent: float,
         end_percent: float,
@@ -194,14 +213,23 @@ class ApplyDecoupled(io.ComfyNode):
         lora_strength: float = 1.0,
         batch: str = "one identity",
     ) -> io.NodeOutput:
+        adapter = decoupled_adapter(adapter)
         found = fitting(adapter.spec, model)
-        math.features(adapter.spec, identity)  # what is missing is said here, not in the sampler
+        people = [person for person in regions.everyone(identity) if strength * person.strength]
+        for person in people:
+            math.features(adapter.spec, person.identity)  # what is missing is said here, not in the sampler
         spread = shares(found, adapter.spec.base, layer_weights, custom_layers)
-        if not strength or not spread or start_percent >= end_percent:
+        if not people or not spread or start_percent >= end_percent:
             return io.NodeOutput(model)
         window = Window.of(model, start_percent, end_percent)
-        injection = Decoupled(adapter, identity, spread, strength, scaling, v2_weight, BATCHES[batch], window)
-        return io.NodeOutput(attach(with_lora(model, adapter, found, lora_strength), injection))
+        model = with_lora(model, adapter, found, lora_strength)
+        for who in people:
+            own, unfold = strength * who.strength, BATCHES[batch]
+            model = attach(
+                model,
+                Decoupled(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window),
+            )
+        return io.NodeOutput(model)
 
 
 class FaceTokens(io.ComfyNode):
@@ -232,6 +260,7 @@ class FaceTokens(io.ComfyNode):
     def execute(
         cls, positive: list[Any], negative: list[Any], adapter: types.LoadedAdapter, identity: Identity
     ) -> io.NodeOutput:
+        adapter = decoupled_adapter(adapter)
         comfy.model_management.load_model_gpu(adapter.patcher)
         made = math.tokens(adapter.patcher.model, adapter.spec, identity, adapter.patcher.load_device)
         device = comfy.model_management.intermediate_device()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,8 +12,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...likeness.blocks import Block
+
 OUTPUT = "attn1_output"
 ATTENDED = "likeness_attended"
+WHOLE = "likeness_whole"  # in a layer's options: height and width of the latent, where a guider tells
+
+Blocks = tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,21 @@ class Window:
     @classmethod
     def of(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> Window:
         sampling: Any = model.get_model_object("model_sampling")
+        start = sampling.percent_to_sigma(start_percent) if start_percent > 0.0 else math.inf
         end = sampling.percent_to_sigma(end_percent) if end_percent < 1.0 else -1.0  # the very last sigma may be 0
-        return cls(float(sampling.percent_to_sigma(start_percent)), float(end))
+        return cls(float(start), float(end))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it covers every sampling."""
+        return self.start == math.inf and self.end < 0
 
     def inside(self, sigma: float) -> bool:
         return self.end < sigma <= self.start
 
     def gate(self, sigma: Tensor | None) -> Tensor | bool:
         """On or off. Where the sigma lies on an accelerator: a factor 0 or 1 there, as asking for it would wait."""
-        if sigma is None:
+        if sigma is None or self.whole:
             return True
         first = sigma.flatten()[0]
         inside = (first > self.end) & (first <= self.start)
@@ -78,8 +90,8 @@ class Call:
     """One call of the model, as an injection needs to know it.
 
     The rows are `len(roles)` chunks of `rows` each; a role is the guider's name of the chunk's prompt, "positive", or
-    the name of a branch. `timesteps` [B] is what the UNet sees, `sigma` the noise where a branch is there to ask for
-    it, `text` [1, T, C] the negative prompt where the guider has one.
+    the name of a branch. `timesteps` [B] is what the UNet sees, `sigma` the noise where anything is stepwise, `text`
+    [1, T, C] the negative prompt where the guider has one.
     """
 
     roles: tuple[str, ...]
@@ -114,7 +126,7 @@ class Branch:
 class Bank:
     """What an injection computed once and reads at every step: the few last, gone when the run ends."""
 
-    LIMIT = 8
+    LIMIT = 16
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}
@@ -137,11 +149,19 @@ class Bank:
 
 
 class Injection(Protocol):
-    """An adapter bound to an identity: what an apply node adds to a model. Immutable but for its bank."""
+    """An adapter bound to an identity, a Term or an Extension: what an apply node adds to a model.
+
+    Immutable but for its bank.
+    """
 
     @property
     def window(self) -> Window | None:
         """When it is on; None: always, or as its own `prepare` decides."""
+        ...
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether it needs the noise level as a number, for which a step waits for the device once."""
         ...
 
     @property
@@ -166,9 +186,25 @@ class Injection(Protocol):
         """
         ...
 
+
+class Term(Injection, Protocol):
+    """An injection that adds to what an attention gives: out -> out + term."""
+
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
 
         `q` are the queries; at OUTPUT, the layer's input, while options[ATTENDED] is what the layer made of it.
         """
+        ...
+
+
+class Extension(Injection, Protocol):
+    """An injection that changes what an attention reads: its blocks of keys and values, one softmax over them all.
+
+    What it lays out for a place holds something for each chunk of rows; a chunk that gets None is left as it is.
+    Unless its window is whole it is stepwise, as it can only be on or off.
+    """
+
+    def extend(self, state: Any, blocks: Blocks, options: dict[str, Any]) -> Blocks:
+        """The blocks that a chunk's rows read, given those found and what `prepare` laid out for the chunk."""
         ...

@@ -1,6 +1,7 @@
 """How an injection enters a model: slots that wrap and never change. The only file that touches transformer_options.
 
-A slot stands in one attention layer. It keeps what it found there, runs it, and adds its injections' terms. Once per
+A slot stands in one attention layer. It keeps what it found there, runs it with the keys and values that its injections
+bring, and adds their terms. Once per
 model call, before the UNet runs, each injection says whether it is on and lays out what its layers need; a layer only
 looks that up. What is fixed for a run is kept in the injection's bank, which a run empties behind itself.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...likeness.blocks import Block, attend_blocks, group
 from ...likeness.guidance import guide
-from .injection import ATTENDED, OUTPUT, Branch, Call, Injection, Place
+from .injection import ATTENDED, OUTPUT, WHOLE, Bank, Blocks, Branch, Call, Extension, Injection, Place, Term
 
 KEY = "likeness"
 OPTIONS = "transformer_options"
@@ -40,32 +43,79 @@ class Active:
     gate: Tensor | None
 
 
-def _terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
-    """The result of an attention with what the injections add to it."""
-    active = options.get(KEY)
-    if active is None:
+@dataclass(frozen=True)
+class Now:
+    """A call of the model, and the injections that are on during it, by their id."""
+
+    call: Call
+    active: Mapping[int, Active]
+
+    def state(self, injection: Injection, place: Place) -> Any:
+        """What an injection has laid out for a place; None where it has nothing to do there."""
+        active = self.active.get(id(injection))
+        return None if active is None else active.states.get(place)
+
+
+def _now(options: dict[str, Any]) -> Now:
+    now = options.get(KEY)
+    if now is None:
         raise RuntimeError(
             "the model ran without its wrappers; expected a call by ComfyUI's samplers; sample the model with these"
         )
+    return now
+
+
+def _terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
+    """The result of an attention with what the injections add to it."""
+    now = _now(options)
     for injection in injections:
-        now = active.get(id(injection))
-        if now is not None and place in now.states:
-            term = injection.term(now.states[place], q, options)
-            out = out + (term if now.gate is None else term * now.gate.to(term.dtype))
+        state = now.state(injection, place)
+        if state is not None and _adds(injection):
+            term, gate = injection.term(state, q, options), now.active[id(injection)].gate
+            out = out + (term if gate is None else term * gate.to(term.dtype))
     return out
+
+
+def _adds(injection: Injection) -> TypeGuard[Term]:
+    return hasattr(injection, "term")
+
+
+def _extends(injection: Injection) -> TypeGuard[Extension]:
+    return hasattr(injection, "extend")
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """What stands in one attention layer: what we found there, and the injections that add to it."""
+    """What stands in one attention layer: what we found there, and the injections that extend it or add to it."""
 
     place: Place
     base: Attention | None
     injections: tuple[Injection, ...]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        out = self.base(q, k, v, options) if self.base is not None else host_attention(q, k, v, options)
+        out = self._attend(q, k, v, options)
         return _terms(self.injections, self.place, q, out, options)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """The attention, each chunk of rows over the blocks that the extensions make for it."""
+        now = _now(options)
+        laid = [(i, state) for i in self.injections if _extends(i) and (state := now.state(i, self.place)) is not None]
+        plain = host_attention if self.base is None else self.base
+        if not laid:
+            return plain(q, k, v, options)
+        out = None if self.base is None else self.base(q, k, v, options)
+        chunks: list[Tensor] = []
+        for c in range(len(now.call.roles)):
+            rows = slice(c * now.call.rows, (c + 1) * now.call.rows)
+            own = [(injection, state[c]) for injection, state in laid if state[c] is not None]
+            if out is not None and not own:
+                chunks.append(out[rows])
+                continue
+            extended = _extended(q[rows], k[rows], v[rows], own, options)
+            if out is not None:  # what was here before is kept as what it changed
+                extended = out[rows] + extended - host_attention(q[rows], k[rows], v[rows], options)
+            chunks.append(extended)
+        return torch.cat(chunks)
 
     def add(self, *_args: Any, **_kwargs: Any) -> None:
         """Other packs call this on what they find in their place; doing as they ask would change upstream models."""
@@ -107,6 +157,21 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mas
     return optimized_attention(
         q, k, v, options["n_heads"], mask, attn_precision=options.get("attn_precision"), transformer_options=options
     )
+
+
+def _extended(
+    q: Tensor, k: Tensor, v: Tensor, extensions: Sequence[tuple[Extension, Any]], options: dict[str, Any]
+) -> Tensor:
+    """The attention of a chunk's rows over the text's keys and those that the extensions bring."""
+    blocks: Blocks = (Block(k, v),)
+    for extension, state in extensions:
+        blocks = extension.extend(state, blocks, options)
+    seen = [block.seen for block in blocks]
+    # The groups depend on the regions alone. What they were made of is kept with them, so that no id is used again.
+    bank = extensions[0][0].bank if extensions else Bank()
+    key = ("groups", *map(id, seen), len(q), q.device)
+    _, groups = bank.get(key, lambda: (seen, group(seen, len(q), q.device)))
+    return attend_blocks(q, blocks, groups, lambda q, k, v, bias: host_attention(q, k, v, options, bias))
 
 
 def attach(model: ModelPatcher, injection: Injection, branch: Branch | None = None) -> ModelPatcher:
@@ -151,11 +216,14 @@ def branches(model: ModelPatcher) -> tuple[Branch, ...]:
     return _hooks(model).branches
 
 
-def inputs(unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[Place]) -> dict[Place, Tensor]:
-    """What the self-attentions at `places` read [n, tokens, C] when a UNet sees x [n, C, H, W]. Nothing else is run.
+def inputs(
+    unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[Place], **given: Any
+) -> dict[Place, Tensor]:
+    """What the attentions at `places` read [n, tokens, C] when a UNet sees x [n, C, H, W]. Nothing else is run.
 
-    None of the patches of the model that the UNet belongs to take part.
+    The places are self-attentions, or all "attn2". None of the patches of the model that the UNet belongs to take part.
     """
+    patch = "attn2_patch" if places[0].name == "attn2" else "attn1_patch"
     wanted = {(place.block, place.depth): place for place in places}
     seen: dict[Place, Tensor] = {}
 
@@ -168,7 +236,7 @@ def inputs(unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Seq
         return n, context, value
 
     with contextlib.suppress(_Enough):
-        unet(x, timesteps, context=context, transformer_options={"patches": {"attn1_patch": [see]}})
+        unet(x, timesteps, context=context, transformer_options={"patches": {patch: [see]}}, **given)
     return seen
 
 
@@ -181,7 +249,6 @@ class _Branches:
     """What the branches of one prediction gave. An object, as dictionaries of options are copied on their way."""
 
     wanted: list[Branch]
-    sigma: float
     positive: Tensor | None = None
     given: dict[str, Tensor] = field(default_factory=dict)
 
@@ -215,11 +282,14 @@ class Hooks:
     ) -> Any:
         """The guider alone knows its prompts by name: hand them on to where they are batched. Guide by the branches."""
         model_options = {**(model_options or {}), CONDS: executor.class_obj.conds}
-        if not self.branches:
+        if not self.branches and not any(injection.stepwise for injection in self.injections):
             return executor(x, timestep, model_options, seed)
         sigma = float(timestep.flatten()[0])  # banks and branches go by it: the one wait for the device in a step
+        model_options[SIGMA] = sigma
+        if not self.branches:
+            return executor(x, timestep, model_options, seed)
         on = [branch for branch in self.branches if branch.window.inside(sigma)]
-        ran = _Branches([b for b in on if b.scale and b.launch.inside(sigma)], sigma)
+        ran = _Branches([b for b in on if b.scale and b.launch.inside(sigma)])
         denoised = executor(x, timestep, {**model_options, BRANCHES: ran}, seed)
         if not on:
             return denoised
@@ -246,7 +316,8 @@ class Hooks:
         own = {
             ROLES: (*names, *further),
             TEXT: None if negative is None else negative["model_conds"]["c_crossattn"].cond,
-            SIGMA: None if ran is None else ran.sigma,
+            SIGMA: model_options.get(SIGMA),
+            WHOLE: tuple(x.shape[-2:]),
         }
         model_options = {**model_options, OPTIONS: {**model_options.get(OPTIONS, {}), **own}}
         out = executor(model, [*conds, *(list(named["positive"]) for _ in further)], x, timestep, model_options)
@@ -261,14 +332,23 @@ class Hooks:
         call = _call(args[0], args[1], options)
         active: dict[int, Active] = {}
         for injection in self.injections:
-            gate = True if injection.window is None else injection.window.gate(options.get("sigmas"))
+            gate = _gate(injection, call, options.get("sigmas"))
             if gate is not False:
                 active[id(injection)] = Active(injection.prepare(call), gate if isinstance(gate, Tensor) else None)
-        options[KEY] = active
+        options[KEY] = Now(call, active)
         return executor(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
         return self
+
+
+def _gate(injection: Injection, call: Call, sigmas: Tensor | None) -> Tensor | bool:
+    """Whether an injection is on, or the factor by which it is (see Window.gate)."""
+    if injection.stepwise and call.sigma is None:
+        raise RuntimeError("the model ran outside a guider; expected ComfyUI's samplers; sample the model with these")
+    if injection.window is None:
+        return True
+    return injection.window.gate(sigmas) if call.sigma is None else injection.window.inside(call.sigma)
 
 
 def _name(cond: list[Any] | None, named: Mapping[str, list[Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from torch import Tensor
 from ...likeness import flashface as math
 from ...likeness import reference_faces
 from ...likeness.identity import parse_weights
-from ...likeness.spec import Identity
+from ...likeness.spec import Identity, People, Person
 from .. import types
 from .added import HEARD, Added
 from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window, window_inputs
 from .patch import attach, host_attention, injections, inputs
 from .position import positioned
+from .regional import cover
+from .streams import digest, latents, remembered, weights
 from .unet import Site, sites
 
 SIDES = ("middle", "output")  # encoder blocks see no reference (Sec. 3.2)
@@ -42,16 +43,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One person's faces as the reference net reads them: latents [n, 4, h, w], and which are shown in what order."""
+    """One person's faces as the reference net reads them: latents [n, 4, h, w], and which are shown in what order.
+
+    `share` is the person's part of the strength, `mask` the region [B, H, W], or None for everywhere.
+    """
 
     latents: Tensor
     order: tuple[int, ...]
     share: float
+    mask: Tensor | None
     digest: str
-
-
-def digest(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.float().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 @dataclass
@@ -75,7 +76,10 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Faces bound to a reference net (injection.Injection). `name` is the role of its guidance's rows."""
+    """Faces bound to a reference net (injection.Term).
+
+    `name` is the role of its guidance's rows, `read_by` the model whose weights read the faces.
+    """
 
     net: types.LoadedReferenceNet
     layers: Mapping[Place, Layer]
@@ -87,10 +91,11 @@ class Reference:
     guided: bool
     refresh: int
     text: Tensor | None
-    weights: Any
+    read_by: ModelPatcher
     patchers: list[ModelPatcher]
     name: str
     window: None = None
+    stepwise: bool = True
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -99,10 +104,7 @@ class Reference:
 
     def strengths(self, call: Call) -> tuple[float, ...]:
         """The strength of each chunk of rows."""
-        if call.sigma is None:
-            raise RuntimeError(
-                "the model ran outside a guider; expected ComfyUI's samplers; sample the model with these"
-            )
+        assert call.sigma is not None  # being stepwise
         if not self.on.inside(call.sigma):
             return (0.0,) * len(call.roles)
         if not self.launch.inside(call.sigma):
@@ -118,7 +120,7 @@ class Reference:
         if not rows:
             return {}
         pairs = self._keys_values(call)
-        return {place: (layer, rows, pairs[place]) for place, layer in self.layers.items()}
+        return {place: (layer, rows, pairs[place], call) for place, layer in self.layers.items()}
 
     def _keys_values(self, call: Call) -> Mapping[Place, list[math.Pair]]:
         """Keys and values of the references [1, T, C] for every person, projected once per step."""
@@ -131,12 +133,12 @@ class Reference:
         words, _ = self.bank.get(("text", id(text)), lambda: (digest(text), text))
         step: Step = self.bank.get("step", Step)
         sigma, time = step.time(call.sigma or 0.0, call.timesteps, self.refresh)
-        key = (sigma, words, self.weights, call.dtype, call.device)
+        key = (weights(self.read_by), sigma, words, call.dtype, call.device)
         if step.key != key:
             step.pairs = {place: [] for place in self.layers}
             for person in self.people:
-                seen = self.net.bank.get(
-                    (person.digest, *key[:-1]), call.device, lambda person=person: self._read(person, time, text, call)
+                seen = remembered(
+                    self.net.bank, (*key[:-1], person.digest), call, lambda p=person: self._read(p, time, text, call)
                 )
                 for place, layer in self.layers.items():
                     k, v = layer.k(seen[place]), layer.v(seen[place])
@@ -154,12 +156,15 @@ class Reference:
         return {place: tensor.to(call.dtype) for place, tensor in seen.items()}
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        layer, rows, pairs = state
+        layer, rows, pairs, call = state
         heard = options[HEARD] if layer.added else math.Heard(layer.q(q), layer.k(q), layer.v(q), options[ATTENDED])
         out = torch.zeros_like(heard.own)
-        for some, strength in rows:
-            for person, pair in zip(self.people, pairs, strict=True):
-                out[some] += strength * person.share * math.difference(heard, some, pair, attend(options), layer.o)
+        for person, pair in zip(self.people, pairs, strict=True):
+            where = cover(self.bank, person.mask, call, options)
+            for some, strength in rows:
+                here = where[some] if isinstance(where, Tensor) and len(where) > 1 else where
+                more = math.difference(heard, some, pair, attend(options), layer.o)
+                out[some] += strength * person.share * here * more
         return out
 
 
@@ -197,16 +202,26 @@ def _layout(found: Sequence[Site]) -> list[tuple[Any, ...]]:
     return [(site.block, site.depth, site.hidden, site.context) for site in found]
 
 
-def shown(model: ModelPatcher, vae: Any, identity: Identity, least: int, share: float) -> tuple[Shown, Tensor]:
+def shown(model: ModelPatcher, vae: Any, person: Person, least: int) -> tuple[Shown, Tensor]:
     """A person's faces for the reference net, and the pictures [n, 224, 224, 3] that they were made of."""
-    pictures = reference_faces.references(identity).float() / 255
-    latents = model.model.process_latent_in(vae.encode(pictures)).float().cpu()
-    if latents.ndim != 4 or latents.shape[1] != 4:
-        raise ValueError(
-            f"got a VAE that makes {list(latents.shape)} of {len(pictures)} faces; expected 4 channels; "
-            "connect the VAE of an SD1.5 checkpoint"
-        )
-    return Shown(latents, tuple(math.repeats(len(latents), least)), share, digest(latents)), pictures
+    pictures = reference_faces.references(person.identity).float() / 255
+    made = latents(model, vae, pictures)
+    order = tuple(math.repeats(len(made), least))
+    return Shown(made, order, person.strength, person.mask, digest(made)), pictures
+
+
+def mixed(given: Identity | People, others: Sequence[Identity], numbers: str) -> list[Person]:
+    """Whom the references show: identities in these parts of the strength, or people, each at its own strength."""
+    if not isinstance(given, Identity):
+        if others:
+            raise ValueError(
+                f"got people and {len(others)} further identities; expected one of the two; chain all of them by "
+                "Person, or connect identities alone"
+            )
+        return [person for person in given if person.strength]
+    identities = [given, *others]
+    parts = parse_weights(numbers, len(identities))
+    return [Person(who, None, n / sum(parts)) for who, n in zip(identities, parts, strict=True) if n]
 
 
 def launch_window(model: ModelPatcher, launch: int) -> Window:
@@ -231,7 +246,7 @@ class ApplyReference(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load FlashFace; any SD1.5 model with Model as Reference Net."),
                 types.ReferenceNet.Input("reference_net", tooltip="From Load FlashFace or Model as Reference Net."),
-                types.Identity.Input("identity", tooltip="From Encode, Load or Merge (concatenate), with its crops."),
+                types.who_input("With crops; several photos by Merge (concatenate)."),
                 io.Vae.Input("vae", tooltip="The VAE of an SD1.5 checkpoint; it encodes the faces once."),
                 io.Float.Input(
                     "strength", default=1.2, min=0.0, max=3.0, step=0.05,
@@ -297,7 +312,7 @@ class ApplyReference(io.ComfyNode):
         cls,
         model: ModelPatcher,
         reference_net: types.LoadedReferenceNet,
-        identity: Identity,
+        identity: Identity | People,
         vae: Any,
         strength: float,
         reference_guidance: float,
@@ -315,13 +330,10 @@ class ApplyReference(io.ComfyNode):
         face_box: str = "",
     ) -> io.NodeOutput:
         layers = readers(model, reference_net)
-        identities = [identity, *(others or {}).values()]
-        numbers = parse_weights(weights, len(identities))
-        faces = [
-            shown(model, vae, who, show_at_least, number / sum(numbers))
-            for who, number in zip(identities, numbers, strict=True)
-            if number
-        ]
+        people = mixed(identity, list((others or {}).values()), weights)
+        faces = [shown(model, vae, person, show_at_least) for person in people]
+        if not faces:
+            return io.NodeOutput(positioned(model, face_position, face_box))
         preview = ui.PreviewImage(torch.cat([pictures for _, pictures in faces]), cls=cls)
         model = positioned(model, face_position, face_box)
         if not strength or start_percent >= end_percent:
@@ -340,7 +352,7 @@ class ApplyReference(io.ComfyNode):
             guided=bool(reference_guidance),
             refresh=refresh,
             text=reference_text[0][0] if reference_text else None,
-            weights=(model if own else net).patches_uuid,
+            read_by=model if own else net,
             patchers=[] if own else [net],  # the host loads a model once
             name=name,
         )

@@ -9,13 +9,15 @@ from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
 from ...likeness import detect, keymaps
+from ...likeness import fused as fused_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import files
+from . import files, fused
 
-FOLDERS = ("ipadapter", "instantid")
+FOLDERS = ("ipadapter", "instantid", "likeness")
 VARIANTS = ("auto", *KINDS)
+FLASHFACE = "ref_encoder.0.weight"
 
 # The width of a CLIP vision tower's class embedding, under the names of its two layouts.
 CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
@@ -28,10 +30,23 @@ CROPS = {
 }
 
 
-def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter, str]:
+# Files of the pack's own say in their metadata what they are: what loads each kind.
+OWN = {fused_math.KIND: fused.load}
+
+
+def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
     """Read an adapter file: its weights under the host's care, and a report. Raises ValueError (see `files.read`)."""
     path = files.find(file, *FOLDERS)
-    tensors = keymaps.rename(files.read(path), keymaps.IP_ADAPTER)
+    told = files.told(path)
+    if told is not None:
+        kind = told.get("kind")
+        if kind not in OWN:
+            raise ValueError(f"got {file}, a file of this pack of kind {kind!r}; expected {', '.join(OWN)}")
+        return OWN[kind](files.read(path), told, file)
+    tensors = files.read(path)
+    if FLASHFACE in tensors:
+        raise ValueError(f"got {file}, a FlashFace checkpoint; expected an adapter; load it with Load FlashFace")
+    tensors = keymaps.rename(tensors, keymaps.IP_ADAPTER)
     spec, guessed = detect.read_spec(tensors, path.as_posix(), variant)
     module = detect.build(spec, tensors, comfy.ops.manual_cast)
     module.eval().requires_grad_(False)
@@ -87,14 +102,15 @@ class LoadAdapter(io.ComfyNode):
             node_id="LikenessLoadAdapter",
             display_name="Load Identity Adapter",
             category="likeness/loaders",
-            description="Loads any file of the IP-Adapter, FaceID and InstantID family. What it is, is read from its "
-            "tensors; the report says which base model and encoders it needs.",
-            search_aliases=["ipadapter", "faceid", "instantid", "portrait"],
+            description="Loads any file of the IP-Adapter, FaceID and InstantID family, and the pack's own fused KV "
+            "files. What it is, is read from the file; the report says which base model and encoders it needs.",
+            search_aliases=["ipadapter", "faceid", "instantid", "portrait", "fused"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names(*FOLDERS),
-                    tooltip="Adapter file from models/ipadapter or models/instantid (.safetensors or .bin).",
+                    tooltip="Adapter file from models/ipadapter, models/instantid or models/likeness (.safetensors or "
+                    ".bin).",
                 ),
                 io.Combo.Input(
                     "variant",

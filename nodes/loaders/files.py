@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import comfy.utils
 import folder_paths
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FOLDERS = ("ipadapter", "instantid", "pulid", "clip_vision", "insightface", "likeness", "identities")
@@ -103,6 +106,27 @@ def read(path: Path) -> dict[str, Tensor]:
             f"got {path.name}, whose tensor {broken} holds NaN or infinity; expected finite weights; download it again"
         )
     return tensors
+
+
+def told(path: Path) -> dict[str, Any] | None:
+    """What a safetensors file of the pack's own says of itself (metadata `likeness`); None for all other files.
+
+    Raises ValueError where that is not JSON.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("likeness")
+    except (SafetensorError, OSError):
+        return None  # what is wrong with it, `read` says
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"got {path.name}, whose metadata is damaged; expected JSON; fetch the file again")
+    return found
 
 
 def flatten(groups: object, prefix: str = "") -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from ...likeness import keymaps
 from ...likeness.bank import MemoryBank
 from .. import types
 from ..attention.added import with_added
-from . import files
+from . import banks, files
 
 FOLDER = "likeness"
 MIB = 1 << 20
@@ -132,14 +132,7 @@ def with_lora(base: ModelPatcher, lora: Mapping[str, Tensor]) -> ModelPatcher:
 
 def load(file: str, base: ModelPatcher | None, limit: int) -> Loaded:
     """Read a FlashFace checkpoint; its bank may take `limit` bytes. Raises ValueError (see `files.read`, `build`)."""
-    return build(files.read(files.find(file, FOLDER)), file, bank_of(limit), base)
-
-
-def bank_of(limit: int) -> MemoryBank:
-    def free() -> int:
-        return int(comfy.model_management.get_free_memory(torch.device("cpu")))  # pyright: ignore[reportArgumentType]
-
-    return MemoryBank(limit, free)
+    return build(files.read(files.find(file, FOLDER)), file, banks.bank_of(limit), base)
 
 
 CACHE = io.Int.Input(
@@ -207,7 +200,7 @@ class ModelAsReferenceNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, cache: int = 1024) -> io.NodeOutput:
-        return io.NodeOutput(types.LoadedReferenceNet(model, None, bank_of(cache * MIB), "a model"))
+        return io.NodeOutput(types.LoadedReferenceNet(model, None, banks.bank_of(cache * MIB), "a model"))
 
 
 NODES = [LoadFlashFace, ModelAsReferenceNet]
