@@ -37,6 +37,7 @@ KINDS: dict[str, dict[str, str | None]] = {
     "instantid": {"sd15": None, "sdxl": "instantid_ip-adapter"},
 }
 FACES = {"portrait": 5}
+METHODS = ("flashface", "fused")  # those with a module and a table of their own
 BARE = "bare model"
 FULL = {"sd15": {"channel_mult": [1, 2, 4, 4]}, "sdxl": {"channel_mult": [1, 2, 4]}}
 
@@ -269,7 +270,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--base", choices=("sd15", "sdxl", "both", "flashface"), default="both")
+    parser.add_argument("--base", choices=("sd15", "sdxl", "both", *METHODS), default="both")
     parser.add_argument("--size", choices=("small", "full"), default="small", help="320 channels everywhere, or all")
     parser.add_argument("--resolution", type=int, default=256, help="side of the picture in pixels")
     parser.add_argument("--steps", type=int, default=3, help="timed steps per repeat")
@@ -289,8 +290,8 @@ def main(words: list[str]) -> None:
         bench = Bench(arguments.base, arguments.resolution, model)
         print(peak_here(partial(bench.run, 2)))
         return
-    if arguments.base == "flashface":
-        print(importlib.import_module(f"{PACKAGE}.benchmarks.flashface").measure(arguments))
+    if arguments.base in METHODS:
+        print(importlib.import_module(f"{PACKAGE}.benchmarks.{arguments.base}").measure(arguments))
         return
     for base in ("sd15", "sdxl") if arguments.base == "both" else (arguments.base,):
         print(

@@ -15,7 +15,6 @@ from ..likeness.spec import Identity, People, Person
 from . import types
 from .photos import split
 
-BOXES = io.Custom("BOUNDING_BOX")
 SIZE: dict[str, Any] = {"min": 64, "max": 16384, "step": 8}
 # Layers of SD1.5 and SDXL see the picture in cells of so many pixels.
 CELLS = (8, 16, 32, 64)
@@ -119,7 +118,9 @@ def edge_inputs() -> list[Any]:
 class PeopleFromBoxes(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        box = BOXES.Input("box", tooltip="A box drawn in ComfyUI, in pixels of this width and height.")
+        box = io.BoundingBox.Input(
+            "box", tooltip="A box drawn in ComfyUI, in pixels of this width and height.", force_input=True
+        )
         return io.Schema(
             node_id="LikenessPeopleFromBoxes",
             display_name="People from Boxes",

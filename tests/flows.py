@@ -20,12 +20,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "LikenessFaceKeyPoints": {"width": 128, "height": 128},
     "ImageScale": {"width": 128, "height": 128},
     "KSampler": {"steps": 2},
+    "LikenessApplyFused": {"face_size": 128},
     "LikenessTrailingSchedule": {"steps": 2},
 }
 # Nodes that put an identity into a model, and what makes each do nothing; None is nothing connected.
 APPLY: dict[str, dict[str, Any]] = {
     "LikenessApplyDecoupled": {"strength": 0.0},
     "LikenessApplyReference": {"strength": 0.0, "face_position": None},
+    "LikenessApplyFused": {"strength": 0.0},
 }
 
 Prompt = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_likeness.benchmarks import flashface
+from comfyui_likeness.benchmarks import flashface, fused
 from comfyui_likeness.benchmarks.measure import KINDS, Bench, Row, base_model, table, with_identity
 from comfyui_likeness.nodes.attention.unet import sites
 
@@ -53,3 +53,13 @@ def test_the_authors_way_of_flashface_gives_our_picture() -> None:
     assert float((theirs - first).norm() / first.norm()) < 1e-4
     plain = cases["bare model, two rows"].run(2)
     assert float((plain - first).norm() / first.norm()) > 1e-2
+
+
+def test_groups_of_queries_give_the_dense_masks_picture() -> None:
+    cases = {case.name: case for case in fused.cases("small", RESOLUTION)}
+    ours, theirs = cases["clean, two people by masks"], cases["the same with a dense mask"]
+    first = ours.run(2)
+    assert float((theirs.run(2) - first).norm() / first.norm()) < 1e-4
+    assert float((cases["bare model"].run(2) - first).norm() / first.norm()) > 1e-2
+    assert ours.flops() < theirs.flops()
+    assert torch.equal(ours.run(2), first)  # the emulation leaves no trace

@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, int]] = {
     "LikenessFaceKeyPoints": {"width": 256, "height": 256},
     "ImageScale": {"width": 256, "height": 256},
     "KSampler": {"steps": 4},
+    "LikenessApplyFused": {"face_size": 256},
     "LikenessTrailingSchedule": {"steps": 4},
 }
 

@@ -46,9 +46,10 @@ def make(folder: Path) -> None:
 
 def group_depth() -> Any:
     """A depth map of three people from the hips up, 768 x 512, as ControlNets for depth read it."""
+    import numpy as np
     from PIL import Image, ImageDraw, ImageFilter
 
-    picture = Image.linear_gradient("L").resize((768, 512)).point(lambda value: 20 + value // 6)
+    picture = Image.fromarray(np.linspace(20, 62, 512).astype(np.uint8)[:, None].repeat(768, axis=1))
     draw = ImageDraw.Draw(picture)
     for middle, top, size, near in STANDING:
         draw.ellipse((middle - size, top, middle + size, top + 2.6 * size), fill=near)

@@ -157,12 +157,12 @@ def checkpoint_sdxl() -> dict[str, Tensor]:
     return fill(unet(SDXL), prefix="model.diffusion_model.") | small | large | taesd(0.13025)
 
 
-def controlnet_sdxl() -> dict[str, Tensor]:
-    """A ControlNet that fits the SDXL stand-in, in the layout of the method's authors."""
+def controlnet(base: dict[str, Any]) -> dict[str, Tensor]:
+    """A ControlNet that fits a stand-in, in the layout of the method's authors."""
     import comfy.ops
     from comfy.cldm.cldm import ControlNet
 
-    config = {key: value for key, value in SDXL.items() if key not in ("out_channels", "transformer_depth_output")}
+    config = {key: value for key, value in base.items() if key not in ("out_channels", "transformer_depth_output")}
     config = json.loads(json.dumps(config))
     operations = comfy.ops.disable_weight_init
     shapes = shapes_of(
@@ -235,7 +235,8 @@ ADAPTERS = {
 WEIGHTS: dict[str, tuple[str, Make]] = {
     "v1-5-pruned-emaonly-fp16.safetensors": ("checkpoints", checkpoint_sd15),
     "sd_xl_base_1.0.safetensors": ("checkpoints", checkpoint_sdxl),
-    "instantid/diffusion_pytorch_model.safetensors": ("controlnet", controlnet_sdxl),
+    "instantid/diffusion_pytorch_model.safetensors": ("controlnet", partial(controlnet, SDXL)),
+    "control_v11f1p_sd15_depth_fp16.safetensors": ("controlnet", partial(controlnet, SD15)),
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "flashface.ckpt": ("likeness", partial(flashface, 5)),

@@ -31,7 +31,10 @@ OWN_COLOURS = {"color": "#233", "bgcolor": "#355"}
 
 @dataclass(frozen=True)
 class Group:
-    """A titled box: nodes of these classes, and what only shows their outputs. Bands lie under each other."""
+    """A titled box: nodes of these classes, and what only shows their outputs. Bands lie under each other.
+
+    A class that several groups name goes to the one that reads it, or to the first.
+    """
 
     title: str
     band: int
@@ -48,19 +51,22 @@ GROUPS = (
         ("LoadImage", "ImageScale", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
             "LoadFaceAnalyzer", "LoadImageEncoder", "EncodeIdentity", "LoadIdentity", "MixIdentities"))),
     ),
+    Group("Place", 0, "#88527a", ("SolidMask", "MaskComposite")),
+    Group("People", 0, "#a1603c", tuple(f"{PREFIX}{name}" for name in (
+        "Person", "PeopleFromBoxes", "PeopleFromPhoto", "PreviewPeople"))),
     Group("Keep", 0, "#8a6d3b", (f"{PREFIX}MergeIdentities", f"{PREFIX}SaveIdentity")),
     Group("Check", 0, "#88527a", (f"{PREFIX}Measure",)),
     Group(
-        "Pose of the face",
+        "Pose",
         0,
         "#88527a",
-        (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced"),
+        (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced", "LoadImage"),
     ),
-    Group("Place of the face", 0, "#88527a", ("SolidMask", "MaskComposite")),
     Group("Model and prompt", 1, "#6b5b95", (
         "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning")),
     Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
-        "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference"))),
+        "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference", "ZeroShotFused",
+        "ApplyFused"))),
     Group("Picture", 1, "#3f789e", (
         f"{PREFIX}TrailingSchedule", "KSamplerSelect", "KSampler", "SamplerCustom", "VAEDecode", "ImageStitch",
         "SaveImage")),
@@ -90,6 +96,13 @@ ABOUT = {
     "flashface_mix": "A person between two, by FlashFace: the weights say how much of each.",
     "flashface_inpaint": "Paints a face into a picture, by FlashFace's inpainting version (a UNet of 9 input channels, "
     "which its authors describe but have not published) in models/likeness.",
+    "fused_two_people": "Two people in one picture, by fused KV: a mask for each face, one prompt, one softmax over "
+    "text and faces. Without training: lower strength if colours of the photos come along.",
+    "decoupled_two_people": "The same two people by FaceID-PlusV2: each person's attention counts where the person's "
+    "box is.",
+    "fused_morph_three": "One face out of three, by fused KV without masks: strength says how much of each.",
+    "fused_group_depth": "Three people where a depth map has them, by fused KV and ComfyUI's own ControlNet, as in the "
+    "paper. The boxes lie over the heads of the depth map.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
     "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
@@ -126,6 +139,11 @@ MODELS = {
     "ip-adapter.bin": (f"{HUGGING_FACE}/InstantX/InstantID/resolve/main/ip-adapter.bin", "instantid"),
     "instantid/diffusion_pytorch_model.safetensors": (
         f"{HUGGING_FACE}/InstantX/InstantID/resolve/main/ControlNetModel/diffusion_pytorch_model.safetensors",
+        "controlnet",
+    ),
+    "control_v11f1p_sd15_depth_fp16.safetensors": (
+        f"{HUGGING_FACE}/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
+        "control_v11f1p_sd15_depth_fp16.safetensors",
         "controlnet",
     ),
     "flashface.ckpt": (f"{HUGGING_FACE}/shilongz/FlashFace-SD1.5/resolve/main/flashface.ckpt", "likeness"),
@@ -278,10 +296,11 @@ def _home(number: int, by_id: dict[int, dict[str, Any]], sources: dict[int, list
     kind = by_id[number]["type"]
     if kind in VIEWERS:
         return _home(sources[number][0], by_id, sources)
-    found = next((group for group in GROUPS if kind in group.classes), None)
-    if found is None:
+    found = [group for group in GROUPS if kind in group.classes]
+    if not found:
         raise host.HostError(f"no group of GROUPS in {Path(__file__).name} takes {kind}; name it in one")
-    return found
+    readers = {by_id[other]["type"] for other, given in sources.items() if number in given}
+    return next((group for group in found if readers and readers <= {*group.classes}), found[0])
 
 
 def _columns(members: Sequence[int], sources: dict[int, list[int]]) -> list[list[int]]:
