@@ -60,7 +60,7 @@ class MakePerson(io.ComfyNode):
             "Apply Identity node takes them.",
             search_aliases=["regional", "mask", "several people"],
             inputs=[
-                types.Identity.Input("identity", tooltip="Who."),
+                types.Identity.Input("identity", tooltip="Who it is; from Encode, Load, Merge or Mix."),
                 io.Mask.Input(
                     "mask", optional=True,
                     tooltip="Where: white on a mask of the picture's shape; a batch of masks is one per picture. "
@@ -231,7 +231,7 @@ class PreviewPeople(io.ComfyNode):
             display_name="Preview People",
             category="likeness/people",
             description="Shows who owns which part of the picture: first at its own size, then as layers of 8, 16, 32 "
-            "and 64 pixels a cell see it. Grey belongs to nobody, white to several.",
+            "and 64 pixels a cell see it. Dark is nobody's, white several people's.",
             search_aliases=["regional", "mask", "several people"],
             inputs=[
                 types.People.Input("people", tooltip="From Person, People from Boxes or People from Photo."),

@@ -6,7 +6,9 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -300,3 +302,50 @@ def test_the_host_loads_and_frees_the_adapter(base: ModelPatcher) -> None:
     assert any(module is given.patcher.model for module in loaded)
     comfy.model_management.unload_all_models()
     assert torch.equal(sample(model), out)
+
+
+def test_models_that_are_loaded_in_part(base: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU under --novram: weights stay where they are and are brought layer by layer."""
+    management, given = comfy.model_management, adapter()
+    model = fused(base, given)
+    whole = sample(model)
+    management.unload_all_models()
+    given.bank.clear()
+    monkeypatch.setattr(management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    in_part = sample(model)
+    assert base.model.model_lowvram and given.patcher.model.model_lowvram
+    assert torch.equal(in_part, whole)
+    monkeypatch.undo()
+    management.unload_all_models()
+
+
+def test_a_prompts_own_lora_reads_the_face_too(base: ModelPatcher) -> None:
+    """LoRAs that the host hooks to a prompt change the weights within a step: nothing is kept of the faces then."""
+    name, generator = (
+        "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_v",
+        torch.Generator().manual_seed(1),
+    )
+    up, down = (torch.randn(shape, generator=generator) for shape in ((32, 4), (4, 32)))
+    lora = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    hooked = prompt(1, hooks=comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
+    given = adapter()
+    both = sample(fused(base, given), positive=hooked, cfg=1.0)
+    later, _ = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)
+    assert later is not None
+    expected = sample(fused(later, adapter()), cfg=1.0)
+    plain = sample(fused(base, given), cfg=1.0)
+    assert close(both, expected, 1e-4) and not close(both, plain, 1e-3)
+
+
+def test_reference_attention_and_fused_keys_work_together(base: ModelPatcher) -> None:
+    from comfyui_likeness.nodes.loaders.flashface import ModelAsReferenceNet
+    from flashfaces import latents, referenced
+
+    net = ModelAsReferenceNet.execute(base, 64).args[0]
+    settings = {"strength": 0.5, "reference_guidance": 2.0, "launch": 900}
+    first = fused(referenced(base, net, latents(), **settings))
+    second = referenced(fused(base), net, latents(), **settings)
+    out = sample(first)
+    assert close(out, sample(second), 1e-4)
+    assert not close(out, sample(fused(base)), 1e-3) and not close(out, sample(referenced(base, net, latents())), 1e-3)

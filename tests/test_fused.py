@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log as math_log
 from typing import Any
 
 import comfy.ldm.modules.attention as backends
@@ -53,6 +54,9 @@ def seen_by(model: ModelPatcher, run: Any) -> list[dict[str, tuple[Tensor, Tenso
     return passes
 
 
+WEIGHTS = (1.0, 0.5, 2.0, 1.0)
+
+
 def reference(
     model: ModelPatcher,
     given: Any,
@@ -61,7 +65,10 @@ def reference(
     faces: Sequence[Tensor],
     regions: Sequence[Tensor | None],
 ) -> Tensor:
-    """Eq. 1-7 for one layer: hidden [1, N, C], faces [n_i, T, C] per identity, regions [h, w] of booleans."""
+    """Eq. 1-7 for one layer: hidden [1, N, C], faces [n_i, T, C] per identity, regions [h, w] of booleans.
+
+    A key of weight w has log w added to its logits.
+    """
     attn: Any = model.model.diffusion_model.get_submodule(f"{path}.transformer_blocks.0.attn2")
     text = prompt(1)[0][0]
     ours = given.patcher.model.at(f"{path}.transformer_blocks.0")
@@ -77,6 +84,7 @@ def reference(
     for query in range(len(q)):
         for key in range(len(k)):
             i = int(of[key])
+            m[query, key] = math_log(WEIGHTS[i]) if i >= 0 else 0.0
             inside = [j for j, r in enumerate(regions) if r is not None and bool(r.flatten()[query])]
             if i >= 0 and any(j != i for j in inside):
                 m[query, key] = -torch.inf
@@ -97,7 +105,7 @@ def test_layers_follow_the_equations(
     given, who = adapter(), [person(seed=i, faces=1 + i % 2) for i in range(count)]
     masks = list(halves(64, 64, count)) if masked else [None] * count
     masks[-1] = None if count == 3 else masks[-1]  # one of three may be anywhere
-    model = fused(base, given, tuple(Person(i, mask) for i, mask in zip(who, masks, strict=True)))
+    model = fused(base, given, tuple(Person(*one) for one in zip(who, masks, WEIGHTS[:count], strict=True)))
     unet, text = base.model.diffusion_model, given.patcher.model.text[None]
     hidden = []
     for one in who:
@@ -130,6 +138,21 @@ def test_an_identity_changes_nothing_inside_another_ones_mask(base: ModelPatcher
     changed = (first != second).any(dim=-1).view(8, 8)
     assert not changed[:, 4:].any()
     assert changed[:, :4].all()
+
+
+def test_no_mask_of_queries_by_keys_is_made(base: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the backend beside q, k and v has a number per key at most, whatever the heads, layers, regions."""
+    seen: list[tuple[int, int]] = []
+    real = patch.optimized_attention
+
+    def watching(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **rest: Any) -> Tensor:
+        seen.append((0 if mask is None else mask.numel(), k.shape[1]))
+        return real(q, k, v, heads, mask, **rest)
+
+    monkeypatch.setattr(patch, "optimized_attention", watching)
+    people = tuple(Person(person(seed=i), mask, 0.5 + i) for i, mask in enumerate(halves(count=4)))
+    sample(fused(base, adapter(), people), batch=2, steps=1)
+    assert seen and all(numbers <= keys for numbers, keys in seen) and any(numbers for numbers, _ in seen)
 
 
 def dense(q: Tensor, blocks: Sequence[Block]) -> Tensor:

@@ -137,7 +137,7 @@ def fitting(spec: FusedSpec, model: ModelPatcher) -> dict[Place, str]:
     if channels != CHANNELS:
         raise ValueError(
             f"got a model of {channels} input channels, which cannot look at a face alone; expected {CHANNELS}; "
-            "use a checkpoint that is not for inpainting, with a noise mask on the latent"
+            "use an ordinary checkpoint; for inpainting, put a noise mask on the latent"
         )
     return {Place("attn2", site.block, site.depth, site.deep): site.key for site in found}
 
