@@ -77,14 +77,10 @@ def attend_blocks(q: Tensor, blocks: Sequence[Block], groups: Sequence[Group], a
 def _joined(blocks: Sequence[Block], at: slice, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and bias of some blocks in a row, for these rows (Eq. 3 and 6 of Fusion)."""
     k, v = (
-        torch.cat([_rows(part, at, rows) for part in parts], 1)
+        torch.cat([part.expand(rows, -1, -1)[at] for part in parts], 1)
         for parts in zip(*((b.k, b.v) for b in blocks), strict=True)
     )
     if all(block.bias is None for block in blocks):
         return k, v, None
     none = [k.new_zeros(1, 1, block.k.shape[1]) if block.bias is None else block.bias.to(k.dtype) for block in blocks]
     return k, v, torch.cat(none, 2)
-
-
-def _rows(part: Tensor, at: slice, rows: int) -> Tensor:
-    return part.expand(rows, -1, -1)[at]
