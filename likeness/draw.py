@@ -35,8 +35,10 @@ STICK, DIMMED, DOT = 4.0, 0.6, 10.0
 
 
 # People on a map, by their number; more begin again.
-PEOPLE = ((0.90, 0.32, 0.25), (0.25, 0.55, 0.92), (0.30, 0.75, 0.38), (0.95, 0.75, 0.20), (0.62, 0.40, 0.85),
-          (0.20, 0.75, 0.78), (0.95, 0.50, 0.70), (0.60, 0.45, 0.30))  # fmt: skip
+PEOPLE: dict[str, Colour] = {
+    "red": (0.90, 0.32, 0.25), "blue": (0.25, 0.55, 0.92), "green": (0.30, 0.75, 0.38), "yellow": (0.95, 0.75, 0.20),
+    "violet": (0.62, 0.40, 0.85), "teal": (0.20, 0.75, 0.78), "pink": (0.95, 0.50, 0.70), "brown": (0.60, 0.45, 0.30),
+}  # fmt: skip
 NOBODY, SHARED = 0.22, 1.0
 
 
@@ -99,6 +101,11 @@ def key_points(faces: list[Tensor], height: int, width: int) -> Tensor:
     return out
 
 
+def colour(number: int) -> str:
+    """The name of a person's colour, by the person's number from 0."""
+    return list(PEOPLE)[number % len(PEOPLE)]
+
+
 def ownership(covers: list[Tensor | None], height: int, width: int) -> Tensor:
     """Who owns which cell, [height, width, 3]: everyone's cover [height, width] in a colour, None for everywhere.
 
@@ -107,7 +114,7 @@ def ownership(covers: list[Tensor | None], height: int, width: int) -> Tensor:
     out, total = torch.full((height, width, 3), NOBODY), torch.zeros(height, width, 1)
     for number, cover in enumerate(covers):
         if cover is not None:
-            out = out + cover[..., None] * (torch.tensor(PEOPLE[number % len(PEOPLE)]) - NOBODY)
+            out = out + cover[..., None] * (torch.tensor(PEOPLE[colour(number)]) - NOBODY)
             total = total + cover[..., None]
     several = (total - 1).clamp(0, 1)
     return (out * (1 - several) + SHARED * several).clamp(0, 1)

@@ -263,7 +263,7 @@ def _cells(mask: Tensor, height: int, width: int, layer: bool) -> Tensor:
 def _report(people: People, sizes: Sequence[tuple[int, int]], aspect: float) -> list[str]:
     lines = []
     for number, person in enumerate(people, 1):
-        mask, name = person.mask, person.identity.name
+        mask, name = person.mask, f"{person.identity.name}, {draw.colour(number - 1)}"
         if mask is None:
             lines.append(f"{number}: {name}, strength {person.strength:g}, everywhere")
             continue

@@ -96,7 +96,9 @@ def test_the_map_shows_who_owns_what() -> None:
     assert image.shape == (5, 64, 128, 3)
     assert len({tuple(image[0, y, x].tolist()) for y, x in ((40, 20), (40, 100), (2, 2))}) == 3
     lines = report.splitlines()
-    assert "50.0 %" in lines[0] and "stretched" in lines[1]  # a square mask on a wide picture
+    assert (
+        lines[0].startswith("1: person 1, red, strength 1, 50.0 %") and "stretched" in lines[1]
+    )  # a square mask on a wide picture
     assert "too small" in report and lines[-1].endswith("everywhere")
     nobody = nodes.PreviewPeople.execute((Person(person(1), small),), 64, 64).args[0]
     assert torch.equal(nobody[0, 40, 40], nobody[0, 63, 63]) and float(nobody[0, 40, 40].max()) < 0.3
