@@ -49,7 +49,7 @@ def dense(model: Any, adapter: Any, who: Any, side: int) -> Any:
     """The same picture with Eq. 7 as a mask of queries x keys, as the paper writes it."""
     import torch
 
-    patch = part("nodes.attention.patch")
+    slots = part("nodes.attention.slots")
     made = fused(model, adapter, who, side)
 
     def attend(q: Any, blocks: Any, _groups: Any, attend: Any) -> Any:
@@ -64,11 +64,11 @@ def dense(model: Any, adapter: Any, who: Any, side: int) -> Any:
         return attend(q, k, v, torch.cat(masks, 2))
 
     def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        ours, patch.attend_blocks = patch.attend_blocks, attend
+        ours, slots.attend_blocks = slots.attend_blocks, attend
         try:
             return executor(*args, **kwargs)
         finally:
-            patch.attend_blocks = ours
+            slots.attend_blocks = ours
 
     made = made.clone()
     made.add_wrapper_with_key("outer_sample", "dense", around)

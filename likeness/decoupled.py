@@ -105,6 +105,27 @@ class FacePlusProjection(FaceProjection):
         return y if shortcut is None else x + shortcut * y
 
 
+class InfiniteProjection(nn.Module):
+    """Infinite-ID's M_clip and M_face: ArcFace direction [n, 512] and CLIP's last states [n, 257, 1280] -> c_id.
+
+    c_id [n, 257 + tokens, width]: the CLIP states one by one, then the face's tokens.
+    """
+
+    def __init__(self, hidden: int, width: int, face: FaceProjection, operations: Any) -> None:
+        super().__init__()
+        self.clip = nn.Sequential(operations.LayerNorm(hidden), operations.Linear(hidden, width))
+        self.face = face
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, operations: Any) -> InfiniteProjection:
+        width, hidden = shapes["clip.1.weight"]
+        inside = {key.removeprefix("face."): shape for key, shape in shapes.items() if key.startswith("face.")}
+        return cls(hidden, width, FaceProjection.from_shapes(inside, operations), operations)
+
+    def forward(self, face: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.clip(hidden), self.face(face)), dim=1)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How one kind of adapter makes tokens: its projector, and what becomes of the features it reads.
@@ -133,6 +154,7 @@ KINDS: dict[str, Kind] = {
     "portrait": Kind("FaceID-Portrait", FaceProjection.from_shapes, unit=True),
     "portrait_unnorm": Kind("FaceID-Portrait (unnorm)", Resampler.from_shapes, sequence=True),
     "instantid": Kind("InstantID", Resampler.from_shapes, sequence=True),
+    "infinite_id": Kind("Infinite-ID", InfiniteProjection.from_shapes, unit=True),
 }
 
 

@@ -126,11 +126,12 @@ def kind_of(shapes: Shapes, file: str = "", variant: str = "auto") -> tuple[Sign
     return row, variant, False
 
 
-def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "auto") -> tuple[AdapterSpec, bool]:
-    """Say what a renamed state dict (`keymaps.IP_ADAPTER`) is, and whether that was a guess. Raises ValueError."""
-    shapes = shapes_of(tensors)
-    row, kind, guessed = kind_of(shapes, file, variant)
-    numbers = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("layers.")})
+def layers_of(shapes: Shapes, file: str) -> tuple[tuple[int, ...], int]:
+    """The hidden width of every cross-attention of a renamed state dict, and the width that its keys read.
+
+    Raises ValueError unless these are all of a base model's.
+    """
+    numbers = sorted({int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key)})
     if len(numbers) not in BASES or numbers != list(range(1, 2 * len(numbers), 2)):
         raise ValueError(
             f"got {file or 'a file'} with keys and values for {len(numbers)} cross-attentions; "
@@ -139,12 +140,20 @@ def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "aut
     keys = [shapes.get(f"layers.{n}.k.weight", ()) for n in numbers]
     if any(len(shape) != 2 for shape in keys):
         raise ValueError(f"got {file or 'a file'}, whose keys are not all matrices; expected [hidden, width] each")
+    return tuple(shape[0] for shape in keys), keys[0][1]
+
+
+def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "auto") -> tuple[AdapterSpec, bool]:
+    """Say what a renamed state dict (`keymaps.IP_ADAPTER`) is, and whether that was a guess. Raises ValueError."""
+    shapes = shapes_of(tensors)
+    row, kind, guessed = kind_of(shapes, file, variant)
+    layers, width = layers_of(shapes, file)
     spec = AdapterSpec(
         kind=kind,
-        base=BASES[len(numbers)],
+        base=BASES[len(layers)],
         tokens=row.tokens(shapes),
-        width=keys[0][1],
-        layers=tuple(shape[0] for shape in keys),
+        width=width,
+        layers=layers,
         needs=NEEDS[kind](shapes),
         lora_rank=shapes.get("lora.0.q.down", (0,))[0],
     )

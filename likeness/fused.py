@@ -14,7 +14,6 @@ and for SDXL `text.pooled` [1280]. Metadata under `likeness`: kind, version, bas
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,16 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import keymaps
+from . import keymaps, own_file
 from .identity import pictured
 from .spec import FusedSpec, Identity
 
-KIND, VERSION = "fused_kv", 1
+KIND = "fused_kv"
 NOISES = ("match", "clean")
 FACE_SIZE = 512
 NAME = re.compile(r"(.+)\.attn2\.to_([kv])_f\.weight")
 TEXTS = ("text.hidden", "text.pooled")
-TOLD = {"kind": str, "version": int, "base": str, "stream_noise": str, "face_size": int, "notes": dict}
 
 
 class FusedLayer(nn.Module):
@@ -66,22 +64,15 @@ def _name(path: str) -> str:
 
 def metadata(spec: FusedSpec) -> dict[str, str]:
     """What a file tells of itself, for safetensors."""
-    told = {"kind": KIND, "version": VERSION, "base": spec.base, "stream_noise": spec.stream_noise}
-    return {"likeness": json.dumps(told | {"face_size": spec.face_size, "notes": dict(spec.notes)})}
+    own = {"stream_noise": spec.stream_noise, "face_size": spec.face_size}
+    return own_file.metadata(KIND, spec.base, spec.notes, **own)
 
 
 def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> FusedSpec:
     """The spec of a file's tensors and metadata. Raises ValueError where they are not whole or of a newer version."""
-    wrong = [key for key, kind in TOLD.items() if not isinstance(told.get(key), kind)]
-    if wrong or told["kind"] != KIND or told["stream_noise"] not in NOISES or told["face_size"] % 8:
-        raise ValueError(
-            f"got {file}, whose metadata is not that of a fused KV adapter ({', '.join(wrong) or 'a value is off'}); "
-            f"expected {', '.join(TOLD)}, stream_noise {' or '.join(NOISES)}; fetch the file again"
-        )
-    if told["version"] > VERSION:
-        raise ValueError(
-            f"got {file}, of version {told['version']}; this pack reads up to version {VERSION}; update the pack"
-        )
+    own_file.check(told, KIND, {"stream_noise": str, "face_size": int}, {"stream_noise": NOISES}, file)
+    if told["face_size"] < 8 or told["face_size"] % 8:
+        raise ValueError(f"got {file}, with faces of {told['face_size']} pixels; expected a multiple of 8")
     foreign = [key for key in tensors if key not in TEXTS and not NAME.fullmatch(key)]
     found = {
         match[1]: len(tensors[key]) for key in tensors if (match := NAME.fullmatch(key)) and tensors[key].ndim == 2

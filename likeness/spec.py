@@ -129,7 +129,8 @@ class AdapterSpec:
 
     `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
     and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
-    `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA.
+    `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA; `unconditional`
+    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`.
     """
 
     kind: str
@@ -139,3 +140,4 @@ class AdapterSpec:
     layers: tuple[int, ...]
     needs: tuple[Feature, ...]
     lora_rank: int = 0
+    unconditional: str = "zero"

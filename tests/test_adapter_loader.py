@@ -164,10 +164,10 @@ def test_files_of_the_packs_own_say_what_they_are(folder: Path) -> None:
     assert report.startswith("own.safetensors: fused KV for SD1.5, 16 cross-attentions")
     data = (folder / "likeness" / "own.safetensors").read_bytes()
     for name, metadata, message in (
-        ("other", {"likeness": '{"kind": "something"}'}, "kind 'something'; expected fused_kv"),
+        ("other", {"likeness": '{"kind": "something"}'}, "kind 'something'; expected fused_kv, infinite_id"),
         ("broken", {"likeness": "{"}, "metadata is damaged"),
         ("list", {"likeness": "[]"}, "metadata is damaged"),
-        ("bare", {"likeness": '{"kind": "fused_kv"}'}, "expected kind, version, base"),
+        ("bare", {"likeness": '{"kind": "fused_kv"}'}, "not that of the kind fused_kv"),
         ("none", None, "no table of this pack knows"),
     ):
         save_file(tensors, folder / "likeness" / f"{name}.safetensors", metadata)

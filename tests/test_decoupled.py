@@ -11,8 +11,9 @@ from comfyui_likeness.likeness import curves, decoupled, detect, keymaps
 from comfyui_likeness.likeness.resampler import Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import decoupled as nodes
-from comfyui_likeness.nodes.attention.injection import Place, Window
-from comfyui_likeness.nodes.attention.patch import KEY, Active, Slot, attach
+from comfyui_likeness.nodes.attention.injection import Bank, Call, Place, Term, Window
+from comfyui_likeness.nodes.attention.patch import attach, host_attention
+from comfyui_likeness.nodes.attention.slots import KEY, Active, Now, Slot
 from comfyui_likeness.nodes.types import LoadedAdapter
 from golden import GOLDEN, Case, assert_close, cases
 from identities import identity
@@ -129,16 +130,23 @@ def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[T
     key, value = (tokens @ weights[f"ip_adapter.1.to_{part}_ip.weight"].T for part in "kv")
     key, value = decoupled.SCALINGS["V only"](key, value, scale, q.shape[-1])
 
-    class Fixed:
+    place = Place("attn2", ("input", 1), 0, False)
+
+    class Fixed(Term):
+        window, bank, patchers, places = None, Bank(), [], [place]
+
+        def prepare(self, call: Call) -> dict[Place, object]:
+            return {place: True}
+
         def term(self, state: object, q: Tensor, options: dict[str, object]) -> Tensor:
             return nodes.host_attention(q, key, value, options)
 
-    fixed, place = Fixed(), Place("attn2", ("input", 1), 0, False)
+    fixed, call = Fixed(), Call(("positive",), len(q), q.dtype, q.device, torch.zeros(len(q)), None, None)
     options = {
         "n_heads": case.config["heads"],
-        KEY: {id(fixed): Active({place: None}, None)},
+        KEY: Now(call, {id(fixed): Active(fixed.prepare(call), None)}, None),
     }
-    pre = Slot(place, None, (fixed,))(q, k, v, options)  # pyright: ignore[reportArgumentType]
+    pre = Slot(place, host_attention, None, (fixed,))(q, k, v, options)
     return pre, pre @ weights["attn2.to_out.0.weight"].T + weights["attn2.to_out.0.bias"]
 
 
@@ -209,7 +217,7 @@ def test_whole_unet(name: str, family: str, kind: str, feature: Feature, inputs:
     for scale in case.data["scalars"]["scale"]:
         found = nodes.fitting(adapter.spec, base)
         shares = {site: curves.Share(1.0) for site in found}
-        injection = nodes.Decoupled(adapter, person, shares, scale, "V only", 1.0, False, Window(1e9, -1.0))
+        injection = nodes.Decoupled(adapter, person, shares, scale, "V only", 1.0, False, None, Window(1e9, -1.0))
         model = attach(nodes.with_lora(base, adapter, found, 1.0), injection)
         model.patch_model()
         try:

@@ -13,7 +13,7 @@ import torch
 from adapters import adapter, applied, person
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.nodes.attention import patch
-from comfyui_likeness.nodes.attention.injection import Bank, Call, Place, Window
+from comfyui_likeness.nodes.attention.injection import Bank, Call, Place, Term, Window
 from comfyui_likeness.nodes.attention.patch import Slot
 from comfyui_likeness.nodes.attention.unet import sites
 from models import close, controlnet, patcher, prompt, sample
@@ -39,11 +39,10 @@ def test_a_gate_on_the_device_does_what_a_branch_does(base: ModelPatcher, monkey
     assert torch.equal(sample(model, steps=4), branched)
 
 
-class Recorder:
+class Recorder(Term):
     """An injection that adds nothing and notes which rows carry the identity."""
 
     window, patchers, places = Window(1e9, -1.0), [], [Place("attn2", ("middle", 0), 0, False)]
-    stepwise = False
 
     def __init__(self) -> None:
         self.bank, self.calls = Bank(), []

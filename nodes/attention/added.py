@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...likeness.flashface import AddedLayer, AddedLayers, Heard
-from .injection import OUTPUT, Bank, Call, Place
+from .injection import ALWAYS, OUTPUT, Bank, Call, Place, Term, Window
 from .patch import attach, host_attention
 from .unet import sites
 
@@ -18,14 +18,17 @@ HEARD = "likeness_heard"  # in a layer's options: what its added layer made of t
 
 
 @dataclass(frozen=True, eq=False)
-class Added:
-    """The added layers (injection.Injection). Always on: the UNet was trained with them."""
+class Added(Term):
+    """The added layers (injection.Term). Always on: the UNet was trained with them."""
 
     patcher: ModelPatcher
     layers: Mapping[Place, AddedLayer]
-    window: None = None
-    stepwise: bool = False
+    window: Window = ALWAYS
     bank: Bank = field(default_factory=Bank)
+
+    @property
+    def intrinsic(self) -> bool:
+        return True
 
     @property
     def patchers(self) -> list[ModelPatcher]:

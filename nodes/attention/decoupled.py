@@ -16,18 +16,19 @@ from ...likeness import curves, regions
 from ...likeness import decoupled as math
 from ...likeness.spec import AdapterSpec, Identity, People
 from .. import types
-from .injection import Bank, Call, Place, Window, window_inputs
+from .injection import Bank, Call, Place, Term, Window, window_inputs
 from .patch import attach, host_attention
 from .regional import cover
 from .unet import Site, sites
 
+INFINITE_ID = "infinite_id"  # has a node of its own
 BATCHES = {"one identity": False, "unfold": True}
 LORA_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
 
 
 @dataclass(frozen=True, eq=False)
-class Decoupled:
+class Decoupled(Term):
     """An adapter of the IP-Adapter family bound to an identity (injection.Term).
 
     `shares` says what each cross-attention gets of the strength; sites without a share are not in it. `mask` is the
@@ -43,7 +44,6 @@ class Decoupled:
     unfold: bool
     mask: Tensor | None
     window: Window
-    stepwise: bool = False
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -93,7 +93,7 @@ class Decoupled:
 
 def decoupled_adapter(given: Any) -> types.LoadedAdapter:
     """What came through the adapter socket. Raises ValueError where it is of another method."""
-    if isinstance(given, types.LoadedAdapter):
+    if isinstance(given, types.LoadedAdapter) and given.spec.kind != INFINITE_ID:
         return given
     raise ValueError(
         f"got {given.file}, which is no adapter of the IP-Adapter family; expected one; load one from "

@@ -17,7 +17,7 @@ from ...likeness import regions
 from ...likeness.blocks import Block
 from ...likeness.spec import FusedSpec, Identity, People
 from .. import types
-from .injection import Bank, Blocks, Call, Place, Window, window_inputs
+from .injection import Bank, Blocks, Call, Extension, Place, Window, window_inputs
 from .patch import attach, inputs
 from .regional import visible
 from .streams import CHANNELS, digest, latents, remembered, weights
@@ -45,7 +45,7 @@ class Held:
 
 
 @dataclass(frozen=True, eq=False)
-class Fused:
+class Fused(Extension):
     """People bound to a fused KV adapter (injection.Extension). The negative prompt's rows see none of them."""
 
     adapter: types.LoadedFused

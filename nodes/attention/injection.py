@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -16,7 +17,10 @@ from ...likeness.blocks import Block
 
 OUTPUT = "attn1_output"
 ATTENDED = "likeness_attended"
+KEYS = "likeness_keys"  # in a layer's options: the keys and values that it reads, of all rows
 WHOLE = "likeness_whole"  # in a layer's options: height and width of the latent, where a guider tells
+
+TEXT_ROLE = "text of "  # how the role of a text stream's chunk begins; its prompt's name follows
 
 Blocks = tuple[Block, ...]
 
@@ -71,6 +75,9 @@ class Window:
         return bool(inside) if sigma.device.type == "cpu" else inside
 
 
+ALWAYS = Window(math.inf, -1.0)
+
+
 def window_inputs() -> list[io.Float.Input]:
     """The two inputs by which every apply node is told its window."""
     return [
@@ -90,8 +97,8 @@ class Call:
     """One call of the model, as an injection needs to know it.
 
     The rows are `len(roles)` chunks of `rows` each; a role is the guider's name of the chunk's prompt, "positive", or
-    the name of a branch. `timesteps` [B] is what the UNet sees, `sigma` the noise where anything is stepwise, `text`
-    [1, T, C] the negative prompt where the guider has one.
+    the name of a branch, or that of a text stream. `timesteps` [B] is what the UNet sees, `sigma` the noise where
+    anything is stepwise, `text` [1, T, C] the negative prompt where the guider has one.
     """
 
     roles: tuple[str, ...]
@@ -104,8 +111,13 @@ class Call:
 
     @property
     def conditional(self) -> tuple[bool, ...]:
-        """Which chunks carry the identity: all but the negative prompts'."""
-        return tuple("negative" not in role for role in self.roles)
+        """Which chunks carry the identity: all but the negative prompts' and the text streams'."""
+        return tuple("negative" not in role and not self.is_text(role) for role in self.roles)
+
+    @staticmethod
+    def is_text(role: str) -> bool:
+        """Whether a chunk is a text stream, behind the picture's chunk of the same prompt."""
+        return role.startswith(TEXT_ROLE)
 
 
 @dataclass(frozen=True)
@@ -148,63 +160,61 @@ class Bank:
         return self  # hosts that deep-copy a model's options must not copy tensors with them
 
 
-class Injection(Protocol):
+class Injection(ABC):
     """An adapter bound to an identity, a Term or an Extension: what an apply node adds to a model.
 
-    Immutable but for its bank.
+    Immutable but for its bank. `window` says when it is on, `bank` is what it keeps during a run.
     """
 
-    @property
-    def window(self) -> Window | None:
-        """When it is on; None: always, or as its own `prepare` decides."""
-        ...
+    window: Window
+    bank: Bank
 
     @property
     def stepwise(self) -> bool:
         """Whether it needs the noise level as a number, for which a step waits for the device once."""
-        ...
+        return False
 
     @property
-    def bank(self) -> Bank:
-        """What it keeps during a run."""
-        ...
+    def intrinsic(self) -> bool:
+        """Whether the model is not itself without it, so that a stream of text alone runs with it too."""
+        return False
 
     @property
+    @abstractmethod
     def patchers(self) -> list[ModelPatcher]:
         """The weights it runs, for the host to load and free."""
-        ...
 
     @property
+    @abstractmethod
     def places(self) -> list[Place]:
         """The attention layers it touches."""
-        ...
 
+    @abstractmethod
     def prepare(self, call: Call) -> Mapping[Place, Any]:
         """Lay out what each place needs for such a call. Runs once per model call, outside every layer.
 
         Places that are left out get nothing.
         """
-        ...
 
 
-class Term(Injection, Protocol):
+class Term(Injection):
     """An injection that adds to what an attention gives: out -> out + term."""
 
+    @abstractmethod
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
 
         `q` are the queries; at OUTPUT, the layer's input, while options[ATTENDED] is what the layer made of it.
         """
-        ...
 
 
-class Extension(Injection, Protocol):
+class Extension(Injection):
     """An injection that changes what an attention reads: its blocks of keys and values, one softmax over them all.
 
     What it lays out for a place holds something for each chunk of rows; a chunk that gets None is left as it is.
     Unless its window is whole it is stepwise, as it can only be on or off.
     """
 
+    @abstractmethod
     def extend(self, state: Any, blocks: Blocks, options: dict[str, Any]) -> Blocks:
         """The blocks that a chunk's rows read, given those found and what `prepare` laid out for the chunk."""
-        ...

@@ -1,9 +1,8 @@
 """How an injection enters a model: slots that wrap and never change. The only file that touches transformer_options.
 
-A slot stands in one attention layer. It keeps what it found there, runs it with the keys and values that its injections
-bring, and adds their terms. Once per
-model call, before the UNet runs, each injection says whether it is on and lays out what its layers need; a layer only
-looks that up. What is fixed for a run is kept in the injection's bank, which a run empties behind itself.
+Slots stand in the attention layers (slots.py). Once per model call, before the UNet runs, each injection says whether
+it is on and lays out what its layers need; a layer only looks that up. What is fixed for a run is kept in the
+injection's bank, which a run empties behind itself.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -19,137 +18,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...likeness.blocks import Block, attend_blocks, group
 from ...likeness.guidance import guide
-from .injection import ATTENDED, OUTPUT, WHOLE, Bank, Blocks, Branch, Call, Extension, Injection, Place, Term
+from . import streams
+from .injection import OUTPUT, TEXT_ROLE, WHOLE, Branch, Call, Injection, Place
+from .slots import KEY, Active, Now, Output, Slot, keep_input
 
-KEY = "likeness"
 OPTIONS = "transformer_options"
-# What travels in the host's options: of one prediction, of one model call, of one layer.
+# What travels in the host's options of one prediction and one model call.
 CONDS, BRANCHES = "likeness_conds", "likeness_branches"
 ROLES, TEXT, SIGMA = "likeness_roles", "likeness_text", "likeness_sigma"
-READ = "likeness_read"
-
 
 Options = Mapping[str, Any]
-Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
-
-
-@dataclass(frozen=True)
-class Active:
-    """An injection that is on during this call."""
-
-    states: Mapping[Place, Any]
-    gate: Tensor | None
-
-
-@dataclass(frozen=True)
-class Now:
-    """A call of the model, and the injections that are on during it, by their id."""
-
-    call: Call
-    active: Mapping[int, Active]
-
-    def state(self, injection: Injection, place: Place) -> Any:
-        """What an injection has laid out for a place; None where it has nothing to do there."""
-        active = self.active.get(id(injection))
-        return None if active is None else active.states.get(place)
-
-
-def _now(options: dict[str, Any]) -> Now:
-    now = options.get(KEY)
-    if now is None:
-        raise RuntimeError(
-            "the model ran without its wrappers; expected a call by ComfyUI's samplers; sample the model with these"
-        )
-    return now
-
-
-def _terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
-    """The result of an attention with what the injections add to it."""
-    now = _now(options)
-    for injection in injections:
-        state = now.state(injection, place)
-        if state is not None and _adds(injection):
-            term, gate = injection.term(state, q, options), now.active[id(injection)].gate
-            out = out + (term if gate is None else term * gate.to(term.dtype))
-    return out
-
-
-def _adds(injection: Injection) -> TypeGuard[Term]:
-    return hasattr(injection, "term")
-
-
-def _extends(injection: Injection) -> TypeGuard[Extension]:
-    return hasattr(injection, "extend")
-
-
-@dataclass(frozen=True, eq=False)
-class Slot:
-    """What stands in one attention layer: what we found there, and the injections that extend it or add to it."""
-
-    place: Place
-    base: Attention | None
-    injections: tuple[Injection, ...]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        out = self._attend(q, k, v, options)
-        return _terms(self.injections, self.place, q, out, options)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """The attention, each chunk of rows over the blocks that the extensions make for it."""
-        now = _now(options)
-        laid = [(i, state) for i in self.injections if _extends(i) and (state := now.state(i, self.place)) is not None]
-        plain = host_attention if self.base is None else self.base
-        if not laid:
-            return plain(q, k, v, options)
-        out = None if self.base is None else self.base(q, k, v, options)
-        chunks: list[Tensor] = []
-        for c in range(len(now.call.roles)):
-            rows = slice(c * now.call.rows, (c + 1) * now.call.rows)
-            own = [(injection, state[c]) for injection, state in laid if state[c] is not None]
-            if out is not None and not own:
-                chunks.append(out[rows])
-                continue
-            extended = _extended(q[rows], k[rows], v[rows], own, options)
-            if out is not None:  # what was here before is kept as what it changed
-                extended = out[rows] + extended - host_attention(q[rows], k[rows], v[rows], options)
-            chunks.append(extended)
-        return torch.cat(chunks)
-
-    def add(self, *_args: Any, **_kwargs: Any) -> None:
-        """Other packs call this on what they find in their place; doing as they ask would change upstream models."""
-        raise ValueError(
-            "another pack's node follows Apply Identity and wants to change it in place; "
-            "put that node before Apply Identity: patches that it finds are kept"
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return self  # immutable, and the weights behind it are the host's to copy or not
-
-
-@dataclass(frozen=True, eq=False)
-class Output:
-    """What follows every self-attention: the terms of one injection, at its OUTPUT places."""
-
-    injection: Injection
-
-    def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
-        block, depth = options["block"], options.get("block_index", 0)
-        place = next((p for p in self.injection.places if (p.block, p.depth) == (block, depth)), None)
-        if place is None:
-            return n
-        options.setdefault(ATTENDED, n)
-        return _terms((self.injection,), place, options[READ], n, options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Output:
-        return self
-
-
-def _keep_input(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep what a self-attention reads for the outputs behind it."""
-    options[READ] = n
-    return n, context, value
 
 
 def host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mask: Tensor | None = None) -> Tensor:
@@ -159,35 +38,29 @@ def host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mas
     )
 
 
-def _extended(
-    q: Tensor, k: Tensor, v: Tensor, extensions: Sequence[tuple[Extension, Any]], options: dict[str, Any]
-) -> Tensor:
-    """The attention of a chunk's rows over the text's keys and those that the extensions bring."""
-    blocks: Blocks = (Block(k, v),)
-    for extension, state in extensions:
-        blocks = extension.extend(state, blocks, options)
-    seen = [block.seen for block in blocks]
-    # The groups depend on the regions alone. What they were made of is kept with them, so that no id is used again.
-    bank = extensions[0][0].bank if extensions else Bank()
-    key = ("groups", *map(id, seen), len(q), q.device)
-    _, groups = bank.get(key, lambda: (seen, group(seen, len(q), q.device)))
-    return attend_blocks(q, blocks, groups, lambda q, k, v, bias: host_attention(q, k, v, options, bias))
+def attach(
+    model: ModelPatcher, injection: Injection, branch: Branch | None = None, stream: str = streams.NO_TEXT
+) -> ModelPatcher:
+    """A clone of the model with the injection in it, and a stream of the text alone (streams.STREAMS) if it needs one.
 
-
-def attach(model: ModelPatcher, injection: Injection, branch: Branch | None = None) -> ModelPatcher:
-    """A clone of the model with the injection in it. The given model and all its other clones stay as they are."""
+    The given model and all its other clones stay as they are.
+    """
     patched = model.clone()
     slots = [place for place in injection.places if place.name != OUTPUT]
     for place in slots:
         _stand(patched, place, injection)
     if len(slots) < len(injection.places):
         patches = patched.model_options["transformer_options"].setdefault("patches", {})
-        if _keep_input not in patches.get("attn1_patch", ()):
-            patches["attn1_patch"] = [_keep_input, *patches.get("attn1_patch", ())]  # before anyone changes it
+        if keep_input not in patches.get("attn1_patch", ()):
+            patches["attn1_patch"] = [keep_input, *patches.get("attn1_patch", ())]  # before anyone changes it
         patched.set_model_attn1_output_patch(Output(injection))
     patched.set_additional_models(f"{KEY}.{id(injection)}", injection.patchers)
     before = _hooks(model)
-    hooks = Hooks((*before.injections, injection), (*before.branches, *((branch,) if branch else ())))
+    hooks = Hooks(
+        (*before.injections, injection),
+        (*before.branches, *((branch,) if branch else ())),
+        max(before.stream, stream, key=streams.STREAMS.index),
+    )
     for kind, hook in hooks.wrappers.items():
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, hook)
@@ -200,9 +73,9 @@ def _stand(patched: ModelPatcher, place: Place, injection: Injection) -> None:
     key = exact if exact in here else place.key  # the host looks for the exact one first
     found = here.get(key, here.get(place.block))
     if isinstance(found, Slot) and found.place == place:
-        slot = Slot(place, found.base, (*found.injections, injection))
+        slot = Slot(place, host_attention, found.base, (*found.injections, injection))
     else:
-        slot = Slot(place, found, (injection,))
+        slot = Slot(place, host_attention, found, (injection,))
     patched.set_model_patch_replace(slot, place.name, *key)
 
 
@@ -259,6 +132,7 @@ class Hooks:
 
     injections: tuple[Injection, ...] = ()
     branches: tuple[Branch, ...] = ()
+    stream: str = streams.NO_TEXT
 
     @property
     def wrappers(self) -> dict[str, Callable[..., Any]]:
@@ -270,9 +144,12 @@ class Hooks:
         }
 
     def run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Empties the banks when a run ends, however it ends."""
+        """Carries a text stream of its own through the run, and empties the banks when that ends, however it ends."""
         try:
-            return executor(*args, **kwargs)
+            if self.stream != streams.OWN:
+                return executor(*args, **kwargs)
+            both, more = streams.beside(*args, **kwargs)
+            return executor(*both, **more)[: len(args[0])]
         finally:
             for injection in self.injections:
                 injection.bank.clear()
@@ -299,7 +176,9 @@ class Hooks:
                 "own batches; expected one with a positive prompt that does; use KSampler or CFGGuider"
             )
         pushes = [b.scale * (ran.given[b.name] - ran.positive) for b in ran.wanted]
-        return guide(x, timestep, denoised, ran.positive, pushes, max(b.rescale for b in on))
+        guided = guide(x, timestep, denoised, ran.positive, pushes, max(b.rescale for b in on))
+        rows = len(x) // 2 if self.stream == streams.OWN else len(x)  # what follows is the text stream's, not ours
+        return torch.cat((guided[:rows], denoised[rows:]))
 
     def batch(
         self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
@@ -329,14 +208,21 @@ class Hooks:
     def begin(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Before the UNet runs: decides which injections are on, and lays out what their places need."""
         options, args, kwargs = _own_options(args, kwargs)
-        call = _call(args[0], args[1], options)
+        given, chunks = args[0], len(options.get("cond_or_uncond", (0,)))
+        if self.stream == streams.SHARED:
+            index = torch.arange(len(given), device=given.device).view(chunks, 1, -1).repeat(1, 2, 1).flatten()
+            args, kwargs = streams.within((args, kwargs), len(given), index, options)
+        call = _call(args[0], args[1], options, self.stream)
         active: dict[int, Active] = {}
         for injection in self.injections:
             gate = _gate(injection, call, options.get("sigmas"))
             if gate is not False:
                 active[id(injection)] = Active(injection.prepare(call), gate if isinstance(gate, Tensor) else None)
-        options[KEY] = Now(call, active)
-        return executor(*args, **kwargs)
+        options[KEY] = Now(call, active, _picture(call))
+        out = executor(*args, **kwargs)
+        if self.stream != streams.SHARED:
+            return out
+        return out.view(chunks, 2, -1, *out.shape[1:])[:, 0].reshape(given.shape[0], *out.shape[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
         return self
@@ -346,8 +232,6 @@ def _gate(injection: Injection, call: Call, sigmas: Tensor | None) -> Tensor | b
     """Whether an injection is on, or the factor by which it is (see Window.gate)."""
     if injection.stepwise and call.sigma is None:
         raise RuntimeError("the model ran outside a guider; expected ComfyUI's samplers; sample the model with these")
-    if injection.window is None:
-        return True
     return injection.window.gate(sigmas) if call.sigma is None else injection.window.inside(call.sigma)
 
 
@@ -375,10 +259,23 @@ def _own_options(
     return options, (*args[:index], options, *args[index + 1 :]), kwargs
 
 
-def _call(x: Tensor, timesteps: Tensor, options: Options) -> Call:
+def _picture(call: Call) -> Tensor | None:
+    """1 at the picture's rows, 0 at a text stream's (Now.picture)."""
+    if not any(call.is_text(role) for role in call.roles):
+        return None
+    out = torch.ones(len(call.roles), call.rows, 1, 1, dtype=call.dtype, device=call.device)
+    for chunk, role in zip(out, call.roles, strict=True):
+        if call.is_text(role):
+            chunk.zero_()
+    return out.flatten(0, 1)
+
+
+def _call(x: Tensor, timesteps: Tensor, options: Options, stream: str) -> Call:
     chunks = options.get("cond_or_uncond", (0,))
     roles = options.get(ROLES)
     # Without a guider to ask, the host's own order holds: 0 is the positive prompt.
     names = tuple(("positive" if index == 0 else "negative") if roles is None else roles[index] for index in chunks)
-    rows = x.shape[0] // len(chunks)
+    if stream != streams.NO_TEXT:
+        names = tuple(role for name in names for role in (name, f"{TEXT_ROLE}{name}"))
+    rows = x.shape[0] // len(names)
     return Call(names, rows, x.dtype, x.device, timesteps, options.get(SIGMA), options.get(TEXT))

@@ -18,7 +18,7 @@ from ...likeness.identity import parse_weights
 from ...likeness.spec import Identity, People, Person
 from .. import types
 from .added import HEARD, Added
-from .injection import ATTENDED, OUTPUT, Bank, Branch, Call, Place, Window, window_inputs
+from .injection import ALWAYS, ATTENDED, OUTPUT, Bank, Branch, Call, Place, Term, Window, window_inputs
 from .patch import attach, host_attention, injections, inputs
 from .position import positioned
 from .regional import cover
@@ -26,7 +26,6 @@ from .streams import digest, latents, remembered, weights
 from .unet import Site, sites
 
 SIDES = ("middle", "output")  # encoder blocks see no reference (Sec. 3.2)
-ALWAYS = Window(float("inf"), -1.0)
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -75,10 +74,11 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class Reference(Term):
     """Faces bound to a reference net (injection.Term).
 
-    `name` is the role of its guidance's rows, `read_by` the model whose weights read the faces.
+    `name` is the role of its guidance's rows, `read_by` the model whose weights read the faces, `separate` whether that
+    is another than the picture's.
     """
 
     net: types.LoadedReferenceNet
@@ -92,11 +92,18 @@ class Reference:
     refresh: int
     text: Tensor | None
     read_by: ModelPatcher
-    patchers: list[ModelPatcher]
+    separate: bool
     name: str
-    window: None = None
-    stepwise: bool = True
+    window: Window = ALWAYS
     bank: Bank = field(default_factory=Bank)
+
+    @property
+    def patchers(self) -> list[ModelPatcher]:
+        return [self.net.patcher] if self.separate else []  # the host loads a model once
+
+    @property
+    def stepwise(self) -> bool:
+        return True
 
     @property
     def places(self) -> list[Place]:
@@ -149,7 +156,7 @@ class Reference:
     def _read(self, person: Shown, time: Tensor, text: Tensor, call: Call) -> dict[Place, Tensor]:
         """One pass of the reference net over a person's faces: clean, at the picture's time, with the negative text."""
         model = self.net.patcher.model
-        dtype = (model.manual_cast_dtype or model.get_dtype()) if self.patchers else call.dtype
+        dtype = (model.manual_cast_dtype or model.get_dtype()) if self.separate else call.dtype
         x = person.latents.to(call.device, dtype)
         context = text[:1].to(call.device, dtype).expand(len(x), -1, -1)
         seen = inputs(model.diffusion_model, x, time.expand(len(x)), context, self.places)
@@ -353,7 +360,7 @@ class ApplyReference(io.ComfyNode):
             refresh=refresh,
             text=reference_text[0][0] if reference_text else None,
             read_by=model if own else net,
-            patchers=[] if own else [net],  # the host loads a model once
+            separate=not own,
             name=name,
         )
         branch = Branch(name, reference_guidance, rescale, on, launched)

@@ -8,15 +8,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
-from ...likeness import detect, keymaps
+from ...likeness import detect, infinite_id, keymaps
 from ...likeness import fused as fused_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import files, fused
+from . import files, fused, mixed
 
 FOLDERS = ("ipadapter", "instantid", "likeness")
-VARIANTS = ("auto", *KINDS)
+VARIANTS = ("auto", *detect.NEEDS)
 FLASHFACE = "ref_encoder.0.weight"
 
 # The width of a CLIP vision tower's class embedding, under the names of its two layouts.
@@ -31,7 +31,7 @@ CROPS = {
 
 
 # Files of the pack's own say in their metadata what they are: what loads each kind.
-OWN = {fused_math.KIND: fused.load}
+OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load}
 
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
