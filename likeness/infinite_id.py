@@ -35,7 +35,7 @@ NAMES = (
     "projector.clip.0.weight", "projector.clip.1.weight", "projector.face.proj.2.weight", "projector.face.norm.weight",
 )  # fmt: skip
 UNCONDITIONAL = ("zero", "none")
-EPS = 1e-5
+FLAT = 1e-5  # a smaller deviation is none
 
 Style = Callable[[Tensor, Tensor], Tensor]  # x [B, N, C] brought to the manner of y [B, M, C]
 
@@ -46,7 +46,7 @@ def adain_mean(x: Tensor, y: Tensor) -> Tensor:
 
 def adain(x: Tensor, y: Tensor) -> Tensor:
     """The same with the deviation, which the paper finds to cost likeness."""
-    ratio = (y.std(1, correction=0, keepdim=True) + EPS) / (x.std(1, correction=0, keepdim=True) + EPS)
+    ratio = y.std(1, correction=0, keepdim=True) / x.std(1, correction=0, keepdim=True).clamp(min=FLAT)
     return (x - x.mean(1, keepdim=True)) * ratio + y.mean(1, keepdim=True)
 
 
