@@ -28,6 +28,7 @@ class Case:
     before: Callable[[], None]
     three: bool = False
     resolution: int = 256
+    pictures: int = 1
 
     def run(self, steps: int, callback: Callable[..., None] | None = None) -> Any:
         import comfy.samplers
@@ -44,7 +45,7 @@ class Case:
             guider = comfy.samplers.CFGGuider(self.model)
             guider.set_conds(prompts[0], prompts[2])
             guider.set_cfg(7.5)
-        latent = torch.zeros(1, 4, self.resolution // 8, self.resolution // 8)
+        latent = torch.zeros(self.pictures, 4, self.resolution // 8, self.resolution // 8)
         sampling = self.model.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(sampling, "sgm_uniform", steps)
         with torch.inference_mode():

@@ -28,6 +28,7 @@ APPLY: dict[str, dict[str, Any]] = {
     "LikenessApplyDecoupled": {"strength": 0.0},
     "LikenessApplyReference": {"strength": 0.0, "face_position": None},
     "LikenessApplyFused": {"strength": 0.0},
+    "LikenessApplyMixed": {"strength": 0.0},
 }
 
 Prompt = dict[str, Any]

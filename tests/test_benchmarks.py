@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_likeness.benchmarks import flashface, fused
+from comfyui_likeness.benchmarks import flashface, fused, mixed
 from comfyui_likeness.benchmarks.measure import KINDS, Bench, Row, base_model, table, with_identity
 from comfyui_likeness.nodes.attention.unet import sites
 
@@ -63,3 +63,12 @@ def test_groups_of_queries_give_the_dense_masks_picture() -> None:
     assert float((cases["bare model"].run(2) - first).norm() / first.norm()) > 1e-2
     assert ours.flops() < theirs.flops()
     assert torch.equal(ours.run(2), first)  # the emulation leaves no trace
+
+
+def test_a_text_stream_costs_a_second_picture() -> None:
+    """And the attention that reads both; without it, one small attention per layer."""
+    counts = {case.name: case.flops() for case in mixed.cases("small", RESOLUTION)}
+    bare, two = counts["bare model"], counts["bare model, two pictures"]
+    assert two < counts["own text stream"] < 1.2 * two
+    assert counts["own text stream"] == counts["shared text stream"]
+    assert bare < counts["no text stream (off)"] < 1.2 * bare

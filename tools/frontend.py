@@ -59,7 +59,7 @@ LOAD = """async ({ workflow, api }) => {
 # The corners of everything on the graph, in pixels of the page, once it is fitted into the view.
 FIT = """async () => {
   const canvas = app.canvas, things = [...app.graph.nodes, ...app.graph.groups];
-  canvas.deselectAll?.(); canvas.show_info = false;
+  canvas.deselectAll?.(); canvas.show_info = false; canvas.min_font_size_for_lod = 0;  // no panels, all texts
   const box = n => n.boundingRect ?? n.getBounding?.() ?? [...n.pos, ...n.size];
   const boxes = things.map(box), margin = 24;
   const left = Math.min(...boxes.map(b => b[0])) - margin, top = Math.min(...boxes.map(b => b[1])) - margin;

@@ -195,6 +195,21 @@ def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
     return tuple(width if size in (320, 640, 1280) else size for size in shape)
 
 
+def infinite_id(base: dict[str, Any], attentions: int) -> dict[str, Tensor]:
+    """An Infinite-ID adapter that fits a stand-in, in the pack's own layout."""
+    width, hidden, tokens = base["context_dim"], 1280, 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "projector.clip.0.weight": (hidden,), "projector.clip.0.bias": (hidden,),
+        "projector.clip.1.weight": (width, hidden), "projector.clip.1.bias": (width,),
+        "projector.face.proj.0.weight": (1024, 512), "projector.face.proj.0.bias": (1024,),
+        "projector.face.proj.2.weight": (tokens * width, 1024), "projector.face.proj.2.bias": (tokens * width,),
+        "projector.face.norm.weight": (width,), "projector.face.norm.bias": (width,),
+    }  # fmt: skip
+    for n in range(attentions):
+        shapes |= {f"layers.{2 * n + 1}.{part}.weight": (WIDTH, width) for part in "kv"}
+    return fill(shapes)
+
+
 def flashface(channels: int, width: int = 32) -> dict[str, Tensor]:
     """A FlashFace file; `width` 320 and SD15's own levels are the published size."""
     shapes = unet({**SD15, "model_channels": width, "channel_mult": [1, 2, 4, 4]})
@@ -239,10 +254,18 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "control_v11f1p_sd15_depth_fp16.safetensors": ("controlnet", partial(controlnet, SD15)),
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
+    "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
     "flashface.ckpt": ("likeness", partial(flashface, 5)),
     "flashface_inpainting.ckpt": ("likeness", partial(flashface, 9)),
     **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
 }
+
+# What a file of the pack's own says of itself, as likeness/own_file.py has it
+TOLD = {
+    "infinite_id_sdxl.safetensors": {
+        "kind": "infinite_id", "version": 1, "base": "SDXL", "unconditional": "zero", "notes": {"trained": "no"},
+    },
+}  # fmt: skip
 
 # Model pack -> file -> what writes it
 PACKS: dict[str, dict[str, Callable[[Path], None]]] = {
@@ -266,7 +289,7 @@ def make(base: Path, names: Iterable[str] | None = None) -> dict[str, Path]:
     models = base / "models"
     done = {name: models / WEIGHTS[name][0] / name for name in wanted}
     for name, path in done.items():
-        write(path, partial(_save, WEIGHTS[name][1]))
+        write(path, partial(_save, WEIGHTS[name][1], TOLD.get(name)))
     for pack, files in PACKS.items():
         for file, maker in files.items():
             done[f"{pack}/{file}"] = path = models / "insightface" / "models" / pack / file
@@ -286,13 +309,13 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
     stamp.write_text(str(RECIPE))
 
 
-def _save(make: Make, path: Path) -> None:
+def _save(make: Make, told: dict[str, Any] | None, path: Path) -> None:
     from safetensors.torch import save_file
 
     _bring_host()
     tensors = {key: value.contiguous() for key, value in make().items()}
     if path.suffix == ".safetensors":
-        save_file(tensors, path)
+        save_file(tensors, path, None if told is None else {"likeness": json.dumps(told)})
     else:  # the groups of a .bin file; a .ckpt is flat
         torch.save(nested(tensors) if path.suffix == ".bin" else tensors, path)
 

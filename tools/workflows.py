@@ -66,7 +66,7 @@ GROUPS = (
         "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning")),
     Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
         "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference", "ZeroShotFused",
-        "ApplyFused"))),
+        "ApplyFused", "ApplyMixed"))),
     Group("Picture", 1, "#3f789e", (
         f"{PREFIX}TrailingSchedule", "KSamplerSelect", "KSampler", "SamplerCustom", "VAEDecode", "ImageStitch",
         "SaveImage")),
@@ -103,6 +103,10 @@ ABOUT = {
     "fused_morph_three": "One face out of three, by fused KV without masks: strength says how much of each.",
     "fused_group_depth": "Three people where a depth map has them, by fused KV and ComfyUI's own ControlNet, as in the "
     "paper. The boxes lie over the heads of the depth map.",
+    "infinite_id_styles": "A photo as anime and as line art, by Infinite-ID: from left to right without AdaIN, with "
+    "AdaIN-mean, with AdaIN. Its authors have published no weights: train an adapter, or take one that others trained.",
+    "infinite_id_interpolation": "From one person to another in four pictures, by Infinite-ID: the strengths say how "
+    "much of each.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
     "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
@@ -110,7 +114,7 @@ ABOUT = {
 }
 HUGGING_FACE = "https://huggingface.co"
 FACE_MODELS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
-# Where a file comes from, and the folder under models/ that it goes to.
+# Where a file comes from (empty: of your own training), and the folder under models/ that it goes to.
 MODELS = {
     "v1-5-pruned-emaonly-fp16.safetensors": (
         f"{HUGGING_FACE}/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
@@ -146,6 +150,7 @@ MODELS = {
         "control_v11f1p_sd15_depth_fp16.safetensors",
         "controlnet",
     ),
+    "infinite_id_sdxl.safetensors": ("", "likeness"),
     "flashface.ckpt": (f"{HUGGING_FACE}/shilongz/FlashFace-SD1.5/resolve/main/flashface.ckpt", "likeness"),
     "buffalo_l": (f"{FACE_MODELS}/buffalo_l.zip", "insightface/models"),
     "antelopev2": (f"{FACE_MODELS}/antelopev2.zip", "insightface/models"),
@@ -197,7 +202,8 @@ def note(name: str, prompt: Prompt) -> str:
     lines = [ABOUT[name], "", "Models:", ""]
     for file in files(prompt):
         url, folder = MODELS[file]
-        lines.append(f"- [{file}]({url}) in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
+        name = f"[{file}]({url})" if url else f"{file}, of your own training,"
+        lines.append(f"- {name} in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
     return "\n".join(lines)
 
 
@@ -244,7 +250,7 @@ def _finished_node(node: dict[str, Any], sizes: dict[str, list[int]]) -> dict[st
     models = [
         {"name": file, "url": url, "directory": folder}
         for file, (url, folder) in ((file, MODELS[file]) for file in named)
-        if not url.endswith(".zip")
+        if url and not url.endswith(".zip")
     ]
     if models:
         properties["models"] = models
