@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -53,6 +53,36 @@ class LoadedFused:
     patcher: ModelPatcher
     bank: MemoryBank
     file: str
+
+
+INFINITE_ID = "infinite_id"
+
+# Method -> whether an adapter is of it, what it is called, and where one comes from.
+METHODS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+    "decoupled": (
+        lambda given: isinstance(given, LoadedAdapter) and given.spec.kind != INFINITE_ID,
+        "adapter of the IP-Adapter family", "load one from models/ipadapter",
+    ),
+    "fused": (
+        lambda given: isinstance(given, LoadedFused),
+        "fused KV adapter", "load one from models/likeness, connect Zero-Shot Fused KV",
+    ),
+    "mixed": (
+        lambda given: isinstance(given, LoadedAdapter) and given.spec.kind == INFINITE_ID,
+        "Infinite-ID adapter", "load one from models/likeness",
+    ),
+}  # fmt: skip
+
+
+def adapter_for(method: str, given: Any) -> Any:
+    """What came through the adapter socket. Raises ValueError where it is of another method than the node's."""
+    fits, what, how = METHODS[method]
+    if fits(given):
+        return given
+    raise ValueError(
+        f"got {given.file}, which is no {what}; expected one; {how}, or use the Apply Identity node of this adapter's "
+        "own method"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ...likeness import curves, regions
 from ...likeness import decoupled as math
-from ...likeness.spec import AdapterSpec, Identity, People
+from ...likeness.spec import Identity, People
 from .. import types
 from .injection import Bank, Call, Place, Term, Window, window_inputs
 from .patch import attach, host_attention
 from .regional import cover
-from .unet import Site, sites
+from .unet import Site, fitting
 
-INFINITE_ID = "infinite_id"  # has a node of its own
 BATCHES = {"one identity": False, "unfold": True}
 LORA_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
@@ -91,32 +90,8 @@ class Decoupled(Term):
         return term if self.mask is None else term * cover(self.bank, self.mask, call, options)
 
 
-def decoupled_adapter(given: Any) -> types.LoadedAdapter:
-    """What came through the adapter socket. Raises ValueError where it is of another method."""
-    if isinstance(given, types.LoadedAdapter) and given.spec.kind != INFINITE_ID:
-        return given
-    raise ValueError(
-        f"got {given.file}, which is no adapter of the IP-Adapter family; expected one; load one from "
-        "models/ipadapter, or use the Apply Identity node of this adapter's own method"
-    )
-
-
 def _place(site: Site) -> Place:
     return Place("attn2", site.block, site.depth, site.deep)
-
-
-def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
-    """The model's cross-attentions, if the adapter was made for such a model. Raises ValueError if not."""
-    found = sites(model.model.diffusion_model)
-    widths = tuple(site.hidden for site in found)
-    if widths != spec.layers or any(site.context != spec.width for site in found):
-        context = found[0].context if found else 0
-        raise ValueError(
-            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "
-            f"expected one for this model, which has {len(found)} of text width {context}; "
-            f"load an adapter for this base model, or a {spec.base} checkpoint"
-        )
-    return found
 
 
 def shares(found: list[Site], base: str, layer_weights: str, custom: str) -> dict[Site, curves.Share]:
@@ -213,7 +188,7 @@ class ApplyDecoupled(io.ComfyNode):
         lora_strength: float = 1.0,
         batch: str = "one identity",
     ) -> io.NodeOutput:
-        adapter = decoupled_adapter(adapter)
+        adapter = types.adapter_for("decoupled", adapter)
         found = fitting(adapter.spec, model)
         people = [person for person in regions.everyone(identity) if strength * person.strength]
         for person in people:
@@ -260,7 +235,7 @@ class FaceTokens(io.ComfyNode):
     def execute(
         cls, positive: list[Any], negative: list[Any], adapter: types.LoadedAdapter, identity: Identity
     ) -> io.NodeOutput:
-        adapter = decoupled_adapter(adapter)
+        adapter = types.adapter_for("decoupled", adapter)
         comfy.model_management.load_model_gpu(adapter.patcher)
         made = math.tokens(adapter.patcher.model, adapter.spec, identity, adapter.patcher.load_device)
         device = comfy.model_management.intermediate_device()

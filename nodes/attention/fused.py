@@ -156,16 +156,6 @@ def bound(model: ModelPatcher, vae: Any, people: People, strength: float, side: 
     return out
 
 
-def fused_adapter(given: Any) -> types.LoadedFused:
-    """What came through the adapter socket. Raises ValueError where it is of another method."""
-    if isinstance(given, types.LoadedFused):
-        return given
-    raise ValueError(
-        f"got {given.file}, which is no fused KV adapter; expected one; load one from models/likeness, connect "
-        "Zero-Shot Fused KV, or use the Apply Identity node of this adapter's own method"
-    )
-
-
 class ApplyFused(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -213,7 +203,7 @@ class ApplyFused(io.ComfyNode):
         outside: str,
         face_size: int = 0,
     ) -> io.NodeOutput:
-        adapter = fused_adapter(adapter)
+        adapter = types.adapter_for("fused", adapter)
         paths = fitting(adapter.spec, model)
         people = bound(model, vae, regions.everyone(identity), strength, face_size or adapter.spec.face_size)
         if not people or start_percent >= end_percent:

@@ -13,13 +13,13 @@ from torch import Tensor
 from ...likeness import decoupled, regions
 from ...likeness import infinite_id as math
 from ...likeness.blocks import Block
-from ...likeness.spec import AdapterSpec, Identity, People, Person
+from ...likeness.spec import Identity, People, Person
 from .. import types
 from .injection import KEYS, Bank, Blocks, Call, Extension, Place, Term, Window, window_inputs
 from .patch import attach, host_attention
 from .regional import cover
 from .streams import OWN, SHARED
-from .unet import Site, sites
+from .unet import Site, fitting
 
 TEXT_STREAMS = (OWN, SHARED)
 
@@ -135,28 +135,6 @@ def terms_of(people: People) -> list[tuple[list[Person], float]]:
     return [(everywhere, most), *alone]
 
 
-def mixed_adapter(given: Any) -> types.LoadedAdapter:
-    """What came through the adapter socket. Raises ValueError where it is of another method."""
-    if isinstance(given, types.LoadedAdapter) and given.spec.kind == math.KIND:
-        return given
-    raise ValueError(
-        f"got {given.file}, which is no Infinite-ID adapter; expected one; load one from models/likeness, or use the "
-        "Apply Identity node of this adapter's own method"
-    )
-
-
-def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
-    """The model's blocks, if the adapter was made for such a model. Raises ValueError if not."""
-    found = sites(model.model.diffusion_model)
-    if tuple(site.hidden for site in found) != spec.layers or any(site.context != spec.width for site in found):
-        raise ValueError(
-            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); expected "
-            f"one for this model, which has {len(found)}; load an adapter for this base model, or a {spec.base} "
-            "checkpoint"
-        )
-    return found
-
-
 class ApplyMixed(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -221,7 +199,7 @@ class ApplyMixed(io.ComfyNode):
         self_attention: float = 1.0,
         mixing: str = "stacked",
     ) -> io.NodeOutput:
-        adapter = mixed_adapter(adapter)
+        adapter = types.adapter_for("mixed", adapter)
         found = fitting(adapter.spec, model)
         terms = terms_of(regions.everyone(identity))
         for person in (person for people, _ in terms for person in people):

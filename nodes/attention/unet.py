@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from torch import nn
+
+from ...likeness.spec import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,17 @@ def sites(unet: nn.Module) -> list[Site]:
                 )
             )
     return out
+
+
+def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
+    """The model's cross-attentions, if the adapter was made for such a model. Raises ValueError if not."""
+    found = sites(model.model.diffusion_model)
+    widths = tuple(site.hidden for site in found)
+    if widths != spec.layers or any(site.context != spec.width for site in found):
+        context = found[0].context if found else 0
+        raise ValueError(
+            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "
+            f"expected one for this model, which has {len(found)} of text width {context}; "
+            f"load an adapter for this base model, or a {spec.base} checkpoint"
+        )
+    return found

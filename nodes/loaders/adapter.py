@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import comfy.model_management
 import comfy.ops
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
@@ -13,7 +11,7 @@ from ...likeness import fused as fused_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import files, fused, mixed
+from . import care, files, fused, mixed
 
 FOLDERS = ("ipadapter", "instantid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
@@ -48,13 +46,7 @@ def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.
         raise ValueError(f"got {file}, a FlashFace checkpoint; expected an adapter; load it with Load FlashFace")
     tensors = keymaps.rename(tensors, keymaps.IP_ADAPTER)
     spec, guessed = detect.read_spec(tensors, path.as_posix(), variant)
-    module = detect.build(spec, tensors, comfy.ops.manual_cast)
-    module.eval().requires_grad_(False)
-    patcher = ModelPatcher(
-        module,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    patcher = care.patcher_of(detect.build(spec, tensors, comfy.ops.manual_cast))
     return types.LoadedAdapter(spec, patcher, keymaps.under(tensors, "lora."), file), report(spec, file, guessed)
 
 

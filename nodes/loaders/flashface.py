@@ -23,7 +23,7 @@ from ...likeness import keymaps
 from ...likeness.bank import MemoryBank
 from .. import types
 from ..attention.added import with_added
-from . import banks, files
+from . import care, files
 
 FOLDER = "likeness"
 MIB = 1 << 20
@@ -101,11 +101,7 @@ def build(tensors: Mapping[str, Tensor], file: str, bank: MemoryBank, base: Mode
     if (found.main is None) != (base is not None):
         got, wants, do = WRONG_BASE[base is None]
         raise ValueError(f"got {file}, {got}; expected {wants}; {do}")
-    added = ModelPatcher(
-        math.AddedLayers(found.added, comfy.ops.manual_cast).eval().requires_grad_(False),
-        comfy.model_management.get_torch_device(),
-        comfy.model_management.unet_offload_device(),
-    )
+    added = care.patcher_of(math.AddedLayers(found.added, comfy.ops.manual_cast))
     net = types.LoadedReferenceNet(host_model(found.reference), added, bank, file)
     model = with_lora(base, found.lora) if base is not None else main_model(found)
     return with_added(model, added), net
@@ -132,7 +128,7 @@ def with_lora(base: ModelPatcher, lora: Mapping[str, Tensor]) -> ModelPatcher:
 
 def load(file: str, base: ModelPatcher | None, limit: int) -> Loaded:
     """Read a FlashFace checkpoint; its bank may take `limit` bytes. Raises ValueError (see `files.read`, `build`)."""
-    return build(files.read(files.find(file, FOLDER)), file, banks.bank_of(limit), base)
+    return build(files.read(files.find(file, FOLDER)), file, care.bank_of(limit), base)
 
 
 CACHE = io.Int.Input(
@@ -200,7 +196,7 @@ class ModelAsReferenceNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, cache: int = 1024) -> io.NodeOutput:
-        return io.NodeOutput(types.LoadedReferenceNet(model, None, banks.bank_of(cache * MIB), "a model"))
+        return io.NodeOutput(types.LoadedReferenceNet(model, None, care.bank_of(cache * MIB), "a model"))
 
 
 NODES = [LoadFlashFace, ModelAsReferenceNet]

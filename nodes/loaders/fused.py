@@ -17,18 +17,13 @@ from ...likeness import detect
 from ...likeness import fused as math
 from ...likeness.spec import FusedSpec
 from .. import types
-from . import banks
+from . import care
 
 
 def build(spec: FusedSpec, tensors: Mapping[str, Tensor], file: str) -> types.LoadedFused:
     """An adapter whose weights the host cares for. Raises ValueError where tensors are missing or misshapen."""
-    module = math.build(spec, tensors, comfy.ops.manual_cast).eval().requires_grad_(False)
-    patcher = ModelPatcher(
-        module,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
-    return types.LoadedFused(spec, patcher, banks.bank_of(banks.DEFAULT), file)
+    patcher = care.patcher_of(math.build(spec, tensors, comfy.ops.manual_cast))
+    return types.LoadedFused(spec, patcher, care.bank_of(care.DEFAULT), file)
 
 
 def load(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> tuple[types.LoadedFused, str]:

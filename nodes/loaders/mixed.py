@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_management
 import comfy.ops
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...likeness import detect
 from ...likeness import infinite_id as math
 from .. import types
+from . import care
 
 
 def load(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> tuple[types.LoadedAdapter, str]:
     """An adapter of a file's tensors and metadata, and a report. Raises ValueError (see math.read_spec)."""
     spec = math.read_spec(tensors, told, file)
-    module = detect.build(spec, tensors, comfy.ops.manual_cast).eval().requires_grad_(False)
-    patcher = ModelPatcher(
-        module,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    patcher = care.patcher_of(detect.build(spec, tensors, comfy.ops.manual_cast))
     notes = "; ".join(f"{key}: {value}" for key, value in told["notes"].items()) or "nothing said"
     lines = [
         f"{file}: Infinite-ID for {spec.base}, {spec.tokens} tokens per face",
