@@ -105,16 +105,23 @@ class Fused(Extension):
 
     def _read(self, person: Bound, call: Call) -> dict[Place, Tensor]:
         """One pass of the picture's own UNet over a person's faces, with the empty prompt."""
-        model, module = self.model.model, self.adapter.patcher.model
-        x, time = person.latents.to(call.device), torch.zeros_like(call.timesteps[:1])
+        model = self.model.model
+        x, noise, given = self.bank.get(("read", person.digest, call.dtype), lambda: self._given(person, call))
+        time = torch.zeros_like(call.timesteps[:1])
         if self.match:
-            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(x)
             sampling, sigma = model.model_sampling, torch.full((len(x),), call.sigma or 0.0, device=x.device)
             x = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, x))
             time = call.timesteps[:1]
-        text = module.text.to(call.device, call.dtype).expand(len(x), -1, -1)
-        given = {} if module.pooled is None else {"y": self._label(module.pooled, call).expand(len(x), -1)}
-        return inputs(model.diffusion_model, x.to(call.dtype), time.expand(len(x)), text, list(self.paths), **given)
+        return inputs(model.diffusion_model, x.to(call.dtype), time.expand(len(x)), places=self.places, **given)
+
+    def _given(self, person: Bound, call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What every pass over a person's faces begins with: latents, their noise, and what is said of them."""
+        module, n = self.adapter.patcher.model, len(person.latents)
+        noise = torch.randn(person.latents.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        given = {"context": module.text.to(call.device, call.dtype).expand(n, -1, -1)}
+        if module.pooled is not None:
+            given["y"] = self._label(module.pooled, call).expand(n, -1)
+        return person.latents.to(call.device), noise.to(call.device), given
 
     def _label(self, pooled: Tensor, call: Call) -> Tensor:
         """What SDXL is told of the face picture besides its prompt [1, 2816]."""
