@@ -35,10 +35,8 @@ def convert(source: Path, target: Path) -> str:
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    copies = [layer.self_attn.copies for layer in module.text.encoder["layers"]]
-    return (
-        f"{target}: {len(tensors)} tensors, keys and values {', '.join(map(str, copies))} times as wide, layer by layer"
-    )
+    copies = ", ".join(str(layer.self_attn.copies) for layer in module.text.layers)
+    return f"{target}: {len(tensors)} tensors; keys and values {copies} times as wide, layer by layer"
 
 
 def main(words: list[str]) -> int:
