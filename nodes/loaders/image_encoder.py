@@ -12,9 +12,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness import clip, keymaps
+from ...likeness import keymaps
 from .. import types
-from . import files
+from . import care, files, towers
 
 Layers = dict[str, Tensor]
 ACTIVATIONS = ("auto", "gelu", "quick_gelu")
@@ -50,45 +50,15 @@ class OpenClipEncoder:
 
 def load(file: str, activation: str = "auto") -> OpenClipEncoder:
     """The vision tower of an OpenCLIP checkpoint, its architecture read from the weights. Raises ValueError."""
-    try:
-        from open_clip.transformer import QuickGELU, VisionTransformer
-    except ImportError as error:
-        raise ValueError(
-            f"got no open_clip ({error}); expected open_clip_torch beside ComfyUI; "
-            "run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
-        ) from error
     path = files.find(file, "clip_vision")
     tensors = files.read(path)
     weights = keymaps.under(tensors, "visual.") or keymaps.under(tensors, "module.visual.")
+    tower = towers.build(weights, path.name, activation)
     try:
-        width, _, patch, _ = weights["conv1.weight"].shape
-        positions = weights["positional_embedding"].shape[0]
-        inner = weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-        layers = len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")})
-        embed = weights["proj"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"got {file}, which misses {error}; expected an OpenCLIP checkpoint with visual.* weights of a vision "
-            "transformer; files in the transformers layout are for ComfyUI's own Load CLIP Vision"
-        ) from error
-    size = round((positions - 1) ** 0.5) * patch
-    heads = width // clip.HEAD_WIDTHS.get(width, 64)
-    name = clip.architecture(width, layers, patch, size)
-    quick = clip.is_quick(name, path.name) if activation == "auto" else activation == "quick_gelu"
-    ratio = (inner + 0.5) / width  # it comes back as int(width * ratio)
-    act_layer = QuickGELU if quick else torch.nn.GELU
-    with torch.device("meta"):
-        tower = VisionTransformer(size, patch, width, layers, heads, ratio, output_dim=embed, act_layer=act_layer)
-    try:
-        keymaps.load(tower, weights)
+        keymaps.load(tower.module, weights)
     except ValueError as error:
         raise ValueError(f"got {file}: {error}") from error
-    tower.eval().requires_grad_(False)
-    mm = comfy.model_management
-    if mm.should_use_fp16(mm.text_encoder_device()) is False:
-        tower.float()  # half precision is slow or missing on this device
-    patcher = ModelPatcher(tower, mm.text_encoder_device(), mm.text_encoder_offload_device())
-    return OpenClipEncoder(name, files.sha256(path), patcher, size)
+    return OpenClipEncoder(tower.name, files.sha256(path), care.encoder_of(tower.module), tower.size)
 
 
 class LoadImageEncoder(io.ComfyNode):
