@@ -6,7 +6,7 @@ import comfy.ops
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
-from ...likeness import detect, infinite_id, keymaps
+from ...likeness import detect, infinite_id, keymaps, omni_id
 from ...likeness import fused as fused_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
@@ -38,6 +38,8 @@ def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.
     told = files.told(path)
     if told is not None:
         kind = told.get("kind")
+        if kind == omni_id.KIND:
+            raise ValueError(f"got {file}, an Omni-ID encoder; expected an adapter; load it with Load Omni-ID Encoder")
         if kind not in OWN:
             raise ValueError(f"got {file}, a file of this pack of kind {kind!r}; expected {', '.join(OWN)}")
         return OWN[kind](files.read(path), told, file)
