@@ -107,7 +107,7 @@ class OmniID(nn.Module):
         return self.norm(tokens)
 
     def forward(self, chunks: Iterable[Tensor], weight: Sequence[float] = ()) -> Tensor:
-        """E: l [1, L, C] of pictures (see `normed`), chunk by chunk [n, 3, S, S]; `weight`, if any, is above 0 for each."""
+        """E: l [1, L, C] of pictures (`normed`) in chunks [n, 3, S, S]; `weight` has one above 0 for each, or none."""
         return self.read(*self.joined(chunks, weight))
 
     def joined(self, chunks: Iterable[Tensor], weight: Sequence[float] = ()) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +146,8 @@ def selectivity(maps: Tensor) -> Tensor:
 def distinct(pictures: Tensor, weight: Sequence[float]) -> tuple[list[int], list[float]]:
     """Which of the pictures [n, S, S, 3] are read, and how much each counts.
 
-    Each once, with the largest of its weights, if that is above 0: a photo given twice says nothing new. Raises ValueError where none is left.
+    Each once, with the largest of its weights, if that is above 0: a photo given twice says nothing new. Raises
+    ValueError where none is left.
     """
     found: dict[bytes, int] = {}  # by its pixels, where a picture was first
     counts: dict[int, float] = {}
