@@ -10,23 +10,25 @@ TOLD: dict[str, Any] = {
     "activation": "gelu", "notes": {"trained": "no"},
 }  # fmt: skip
 
+Shapes = dict[str, tuple[int, ...]]
+
 NORM = (WIDTH,)
 SQUARE, UP, DOWN = (WIDTH, WIDTH), (INNER, WIDTH), (WIDTH, INNER)
-BLOCK = {
+BLOCK: Shapes = {
     "norm_q": NORM, "q": SQUARE, "k": SQUARE, "v": SQUARE, "out": SQUARE, "norm_mlp": NORM, "mlp.0": UP, "mlp.2": DOWN
 }  # fmt: skip
-LAYER = {"ln_1": NORM, "attn.out_proj": SQUARE, "ln_2": NORM, "mlp.c_fc": UP, "mlp.c_proj": DOWN}
+LAYER: Shapes = {"ln_1": NORM, "attn.out_proj": SQUARE, "ln_2": NORM, "mlp.c_fc": UP, "mlp.c_proj": DOWN}
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes() -> Shapes:
     """The shapes of a file, by name."""
-    parts = {"norm": NORM, "trunk.ln_pre": NORM, "trunk.ln_post": NORM}
+    parts: Shapes = {"norm": NORM, "trunk.ln_pre": NORM, "trunk.ln_post": NORM}
     for n in range(2):
         parts |= {f"cross.{n}.{name}": shape for name, shape in {**BLOCK, "norm_z": NORM}.items()}
         parts |= {f"self.{n}.{name}": shape for name, shape in BLOCK.items()}
     for n in range(LAYERS):
         parts |= {f"trunk.transformer.resblocks.{n}.{name}": shape for name, shape in LAYER.items()}
-    out = {f"{name}.weight": shape for name, shape in parts.items()}
+    out: Shapes = {f"{name}.weight": shape for name, shape in parts.items()}
     out |= {f"{name}.bias": shape[:1] for name, shape in parts.items()}
     for n in range(LAYERS):
         attention = f"trunk.transformer.resblocks.{n}.attn.in_proj"
