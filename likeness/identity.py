@@ -162,8 +162,9 @@ def merge(identities: Sequence[Identity], method: str) -> tuple[Identity, str]:
     shares = _shares(faces, chosen.weigh, [len(identity) for identity in identities])
     merged = replace(merged, joint=_centres(faces.joint, shares, chosen.centre or mean))
     notes = list(kept.notes)
-    if kept.joint and len(identities) > 1:
-        notes.append(f"Averaged {', '.join(kept.joint)}: to encode all photos together would keep more of the person.")
+    averaged = [key for key, rows in faces.joint.items() if not torch.equal(rows, rows[:1].expand_as(rows))]
+    if averaged:
+        notes.append(f"Averaged {', '.join(averaged)}: to encode all photos together would keep more of the person.")
     if chosen.centre is None and faces.crop is None and any(identity.crop is not None for identity in identities):
         notes.append("Dropped the face crops: not every identity has them.")
     if len({identity.name for identity in identities}) > 1:

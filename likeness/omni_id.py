@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from . import keymaps, own_file
+from . import faces, keymaps, own_file
 from .detect import shapes_of
 from .fused import key_bias
-from .spec import Feature, OmniIDSpec
+from .identity import pictured
+from .spec import Feature, Identity, OmniIDSpec
 
 KIND = "omni_id"
 FEATURE = Feature("omni_id", "tokens", "face224")  # however large the pictures, they are framed as at 224
@@ -160,6 +161,19 @@ def distinct(pictures: Tensor, weight: Sequence[float]) -> tuple[list[int], list
             f"got {len(pictures)} faces, all of weight 0; expected one above it; give one of them a weight"
         )
     return list(counts), list(counts.values())
+
+
+def stored(identities: Sequence[Identity], size: int) -> tuple[Tensor, list[float]]:
+    """The faces of some identities that are read together, [n, size, size, 3], cut from their stored heads, and how
+    much each counts (see `distinct`). Raises ValueError where an identity has no crops or none that counts."""
+    pictures: list[Tensor] = []
+    weight: list[float] = []
+    for who in identities:
+        crops, kept = pictured(who)
+        pictures += [faces.align(crops[i].float() / 255, who.kps[i], size) for i in kept]
+        weight += who.weight[kept].tolist()
+    read, share = distinct(torch.stack(pictures), weight)
+    return torch.stack([pictures[i] for i in read]), share
 
 
 def normed(pictures: Tensor) -> Tensor:

@@ -6,26 +6,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness import draw, faces
+from ..likeness import draw
 from ..likeness import omni_id as math
-from ..likeness.identity import pictured
 from ..likeness.spec import Identity
 from . import types
 
 MOST = -1
 ACROSS = 16  # photos in a row of the contact sheet
-
-
-def seen(omni_id: types.OmniEncoder, identity: Identity) -> tuple[Tensor, Tensor]:
-    """The faces that the encoder reads, [n, S, S, 3], and how its queries attend to their patches, [L, n, h, w].
-
-    They are cut from the identity's stored heads, each face once. Raises ValueError where there are none.
-    """
-    crops, kept = pictured(identity)
-    size = omni_id.spec.image_size
-    pictures = torch.stack([faces.align(crops[i].float() / 255, identity.kps[i], size) for i in kept])
-    read, weight = math.distinct(pictures, identity.weight[kept].tolist())
-    return pictures[read], omni_id.maps(pictures[read], weight)
 
 
 def sheet(pictures: Tensor, maps: Tensor, count: int) -> Tensor:
@@ -70,7 +57,8 @@ class OmniIDAttentionMap(io.ComfyNode):
                 f"got query {query} for an encoder of {omni_id.spec.tokens}; expected 0 to {omni_id.spec.tokens - 1}, "
                 "or -1 for the sheet"
             )
-        pictures, maps = seen(omni_id, identity)
+        pictures, weight = math.stored([identity], omni_id.spec.image_size)
+        maps = omni_id.maps(pictures, weight)
         if query == MOST:
             return io.NodeOutput(sheet(pictures, maps, count))
         return io.NodeOutput(draw.heated(pictures, maps[query]))

@@ -20,6 +20,7 @@ from comfyui_likeness.likeness.spec import Identity
 from comfyui_likeness.nodes import attention_map
 from comfyui_likeness.nodes.attention_map import OmniIDAttentionMap
 from comfyui_likeness.nodes.encode import EncodeIdentity
+from comfyui_likeness.nodes.identity import MergeIdentities
 from comfyui_likeness.nodes.loaders import adapter
 from comfyui_likeness.nodes.loaders import omni_id as loader
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
@@ -133,6 +134,24 @@ def test_a_saved_identity_needs_no_photos(analyzer: FaceAnalyzer, omni: OmniIDEn
     assert loaded.crop is None and torch.equal(tokens(loaded), tokens(identity)) and loaded.hashes == identity.hashes
 
 
+def test_a_merge_can_encode_all_stored_faces_together(analyzer: FaceAnalyzer, omni: OmniIDEncoder) -> None:
+    known, plain = (run(p, face_analyzer=analyzer, omni_id=e)[0] for p, e in ((portrait(), omni), (stranger(), None)))
+    people: Any = {"identity_0": known, "identity_1": replace(plain, weight=torch.tensor([2.0]))}
+    averaged = MergeIdentities.execute(people, "mean").args
+    assert not averaged[0].joint and "lacks it" in averaged[1]
+    with torch.inference_mode():
+        for method in ("mean", "concatenate"):
+            merged, report = MergeIdentities.execute(people, method, omni).args
+            assert "Averaged" not in report and merged.hashes.keys() == {*merged.embeddings, *merged.joint}
+            crops = [faces.align(who.crop[0].float() / 255, who.kps[0], 112) for who in (known, plain)]
+            assert_close(tokens(merged), omni.encode(torch.stack(crops), [1.0, 2.0]), 1e-3)
+        # The stored heads show nearly what the photos do.
+        again = MergeIdentities.execute({"identity_0": known}, "mean", omni).args[0]
+    assert torch.cosine_similarity(tokens(again).flatten().float(), tokens(known).flatten().float(), dim=0) > 0.98
+    with pytest.raises(ValueError, match="holds no face pictures"):
+        MergeIdentities.execute({**people, "identity_1": replace(plain, crop=None)}, "mean", omni)
+
+
 def test_an_interrupt_stops_between_chunks_and_leaves_no_trace(omni: OmniIDEncoder) -> None:
     pictures = omnis.photos(20)
     before = omni.encode(pictures, [1.0] * 20)
@@ -236,7 +255,7 @@ def test_the_sheet_has_a_row_for_each_of_the_most_selective_queries(omni: OmniID
     assert whole.shape == (1, 24 * 112, 3 * 112, 3)
     assert torch.equal(shown(omni, people, -1), whole[:, : 8 * 112])
     with torch.inference_mode():
-        pictures, maps = attention_map.seen(omni, people)
+        maps = omni.maps(*omni_id.stored([people], 112))
     order = omni_id.selectivity(maps).argsort(descending=True, stable=True).tolist()
     rows = whole[0].unflatten(0, (24, 112)).unflatten(2, (3, 112)).movedim(2, 1)  # [24, 3, 112, 112, 3]
     for row, query in zip(rows, order, strict=True):
