@@ -201,6 +201,7 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
         _, tokens, width = shapes["queries"]
         features, _, _, patch = shapes["trunk.conv1.weight"]
         inner, _ = shapes["cross.0.mlp.0.weight"]
+        positions, _ = shapes[POSITIONS]
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"got {file}, whose tensors are incomplete or misshapen ({error}); expected those of an Omni-ID encoder; "
@@ -212,6 +213,11 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
             f"got {file}, with pictures of {size} pixels, patches of {patch}, and {heads} heads for {width} channels; "
             "expected a multiple of 112 and of the patch, and heads that divide the channels; fetch the file again"
         )
+    if positions < 2 or positions != _side(positions) ** 2 + 1:
+        raise ValueError(
+            f"got {file}, whose trunk has {positions} position embeddings; expected those of a square and one more; "
+            "fetch the file again"
+        )
     cross, own = (
         len({key.split(".")[1] for key in shapes if key.startswith(f"{part}.")}) for part in ("cross", "self")
     )
@@ -221,15 +227,15 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
     )  # fmt: skip
 
 
-def fitted(tensors: Mapping[str, Tensor], spec: OmniIDSpec) -> dict[str, Tensor]:
-    """The tensors of a file with the trunk's position embeddings for the spec's pictures, interpolated if need be.
+def _side(positions: int) -> int:
+    """Patches along the side of the picture that so many position embeddings are for."""
+    return round((positions - 1) ** 0.5)
 
-    Raises ValueError where they are none of a square.
-    """
-    own = tensors.get(POSITIONS, torch.empty(0))
-    side = round(max(len(own) - 1, 0) ** 0.5)
-    if own.ndim != 2 or len(own) != side**2 + 1 or side == 0:
-        raise ValueError(f"the file's {POSITIONS} are {list(own.shape)}; expected [1 + n * n, features]")
+
+def fitted(tensors: Mapping[str, Tensor], spec: OmniIDSpec) -> dict[str, Tensor]:
+    """The tensors of a file with the trunk's position embeddings for the spec's pictures, interpolated if need be."""
+    own = tensors[POSITIONS]
+    side = _side(len(own))
     if side == spec.side:
         return dict(tensors)
     grid = own[1:].float().unflatten(0, (side, side)).movedim(-1, 0)[None]

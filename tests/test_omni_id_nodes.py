@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from comfyui_likeness.tools import standins
 from golden import assert_close
 from portraits import couple, portrait, stranger
 from safetensors.torch import save_file
+from test_adapter_loader import mutated
 from torch import Tensor
 
 pytest_plugins = ["analyzers"]
@@ -179,7 +181,11 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str,
     "nan": (lambda w: w | {"norm.bias": torch.full((160,), torch.nan)}, {}, "norm.bias holds NaN"),
     "missing": (without("self.1.q.weight"), {}, "misses self.1.q.weight"),
     "no trunk": (without("trunk.conv1.weight"), {}, "incomplete or misshapen"),
-    "half a trunk": (without("trunk.proj"), {}, "misses 'proj'"),
+    "half a trunk": (
+        without("trunk.proj"),
+        {},
+        "which misses 'proj'; expected an Omni-ID encoder with the whole of its trunk",
+    ),
     "unknown": (lambda w: w | {"trunk.attn_pool.query": torch.ones(2)}, {}, "has unknown trunk.attn_pool.query"),
     "misshapen": (lambda w: w | {"queries": torch.ones(1, 24, 320)}, {}, "has misshapen"),
 }
@@ -212,6 +218,36 @@ def test_foreign_and_broken_files_are_named(file: Path) -> None:
             loader.load(name)
     with pytest.raises(ValueError, match="which is not there"):
         loader.load("gone.safetensors")
+
+
+def reshaped(data: bytes, rng: random.Random) -> bytes:
+    """The file with another shape of a tensor, or another word in its metadata; the bytes of the tensors stay."""
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    about = head[rng.choice([key for key in head if key != "__metadata__"])]
+    count = torch.Size(about["shape"]).numel()
+    about["shape"] = rng.choice([about["shape"][::-1], [count], [1, count], [count, 1], [count, 1, 1, 1]])
+    if rng.random() < 0.5:
+        told = omnis.told()
+        told[rng.choice(list(told))] = rng.choice([-1, 0, 1, 2, 5, 112, 336, 3.5, None, "x", [], True])
+        head["__metadata__"]["likeness"] = json.dumps(told)
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def test_damaged_files_raise_or_load_whole(file: Path) -> None:
+    data, rng, refused = file.read_bytes(), random.Random(7), 0
+    whole = loader.load(file.name).patcher.model.state_dict().keys()
+    for number in range(200):
+        file.write_bytes((reshaped, mutated)[number % 2](data, rng))
+        try:
+            loaded = loader.load(file.name)
+        except ValueError as error:
+            refused += 1
+            assert "expected" in str(error) or "update the pack" in str(error), error
+            continue
+        assert loaded.patcher.model.state_dict().keys() == whole
+    assert 100 < refused < 200
 
 
 def test_load_identity_adapter_sends_it_to_its_loader(file: Path) -> None:

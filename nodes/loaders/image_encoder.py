@@ -18,6 +18,10 @@ from . import care, files, towers
 
 Layers = dict[str, Tensor]
 ACTIVATIONS = ("auto", "gelu", "quick_gelu")
+EXPECTED = (
+    "an OpenCLIP checkpoint with visual.* weights of a vision transformer; files in the transformers layout are for "
+    "ComfyUI's own Load CLIP Vision"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +57,7 @@ def load(file: str, activation: str = "auto") -> OpenClipEncoder:
     path = files.find(file, "clip_vision")
     tensors = files.read(path)
     weights = keymaps.under(tensors, "visual.") or keymaps.under(tensors, "module.visual.")
-    tower = towers.build(weights, path.name, activation)
+    tower = towers.build(weights, file, EXPECTED, activation)
     try:
         keymaps.load(tower.module, weights)
     except ValueError as error:

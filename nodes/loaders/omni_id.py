@@ -19,6 +19,7 @@ from .. import types
 from . import care, files, towers
 
 FOLDER = "likeness"
+EXPECTED = "an Omni-ID encoder with the whole of its trunk; fetch the file again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +63,9 @@ def load(file: str) -> OmniIDEncoder:
             "load adapters with Load Identity Adapter, image encoders with Load Image Encoder"
         )
     spec = math.read_spec(tensors, told, file)
+    tensors = math.fitted(tensors, spec)
+    tower = towers.build(keymaps.under(tensors, "trunk."), file, EXPECTED, spec.activation)
     try:
-        tensors = math.fitted(tensors, spec)
-        tower = towers.build(keymaps.under(tensors, "trunk."), file, spec.activation)
         module = math.build(spec, tensors, tower.module, comfy.ops.manual_cast, attention)
     except ValueError as error:
         raise ValueError(f"got {file}: {error}; fetch the file again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,11 @@ class Tower:
     size: int
 
 
-def build(weights: Mapping[str, Tensor], file: str, activation: str = "auto") -> Tower:
+def build(weights: Mapping[str, Tensor], file: str, expected: str, activation: str = "auto") -> Tower:
     """The tower that has these weights, named as below OpenCLIP's `visual.`.
 
-    `activation` is `gelu`, `quick_gelu`, or `auto`, by the names of architecture and file. Raises ValueError.
+    `activation` is `gelu`, `quick_gelu`, or `auto`, by the names of architecture and file. Raises ValueError, which
+    says what was `expected` where weights are missing.
     """
     try:
         from open_clip.transformer import QuickGELU, VisionTransformer
@@ -39,14 +41,11 @@ def build(weights: Mapping[str, Tensor], file: str, activation: str = "auto") ->
         layers = len({key.split(".")[2] for key in weights if key.startswith("transformer.resblocks.")})
         embed = weights["proj"].shape[1]
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"got {file}, which misses {error}; expected an OpenCLIP checkpoint with visual.* weights of a vision "
-            "transformer; files in the transformers layout are for ComfyUI's own Load CLIP Vision"
-        ) from error
+        raise ValueError(f"got {file}, which misses {error}; expected {expected}") from error
     size = round((positions - 1) ** 0.5) * patch
     heads = width // clip.HEAD_WIDTHS.get(width, 64)
     name = clip.architecture(width, layers, patch, size)
-    quick = clip.is_quick(name, file) if activation == "auto" else activation == "quick_gelu"
+    quick = clip.is_quick(name, Path(file).name) if activation == "auto" else activation == "quick_gelu"
     ratio = (inner + 0.5) / width  # it comes back as int(width * ratio)
     act_layer = QuickGELU if quick else nn.GELU
     with torch.device("meta"):
