@@ -43,12 +43,8 @@ NOBODY, SHARED = 0.22, 1.0
 
 # From what is not looked at to what is looked at most, and how much of the picture that hides.
 HEAT: tuple[Colour, ...] = (
-    (0.05, 0.05, 0.35),
-    (0.15, 0.45, 0.85),
-    (0.2, 0.8, 0.4),
-    (0.95, 0.85, 0.2),
-    (0.9, 0.15, 0.1),
-)
+    (0.05, 0.05, 0.35), (0.15, 0.45, 0.85), (0.2, 0.8, 0.4), (0.95, 0.85, 0.2), (0.9, 0.15, 0.1),
+)  # fmt: skip
 HEATED = 0.75
 
 

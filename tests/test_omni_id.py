@@ -12,6 +12,7 @@ import torch
 from comfy.clip_model import clip_preprocess
 from comfyui_likeness.likeness import keymaps, omni_id
 from comfyui_likeness.likeness.spec import OmniIDSpec
+from comfyui_likeness.nodes.loaders import towers
 from golden import assert_close
 from omnis import SPEC, encoded, encoder, photos
 from torch import Tensor
@@ -287,6 +288,31 @@ def test_tensors_are_checked(change: Callable[[Weights], Weights], message: str)
     with pytest.raises(ValueError, match=message):
         spec = omni_id.read_spec(given, omnis.told(), "a file")
         encoder(spec, given=given)
+
+
+def test_the_papers_encoder_on_open_clips_own_vit_h() -> None:
+    from open_clip import get_model_config
+    from open_clip.transformer import VisionTransformer
+
+    config = get_model_config("ViT-H-14")
+    assert config is not None
+    vision, spec = config["vision_cfg"], OmniIDSpec()
+    width = vision["width"]
+    with torch.device("meta"):
+        trunk = VisionTransformer(
+            vision["image_size"], vision["patch_size"], width, vision["layers"], width // vision["head_width"], 4.0,
+            output_dim=config["embed_dim"],
+        )  # fmt: skip
+        whole = omni_id.OmniID(spec, trunk, torch.nn, omnis.attention)
+    given = whole.state_dict()
+    assert omni_id.read_spec(given, omnis.told(spec), "a file") == spec
+    tower = towers.build(keymaps.under(given, "trunk."), "a file", "a trunk", spec.activation)
+    module = omni_id.build(spec, given, tower.module, torch.nn, omnis.attention)
+    mine: Any = tower.module
+    heads = [block.attn.num_heads for tower in (mine, trunk) for block in tower.transformer.resblocks]
+    assert tower.name == "vit-h-14" and set(heads) == {16} and len(heads) == 64
+    parts = {name: sum(w.numel() for w in part.parameters()) // 10**6 for name, part in module.named_children()}
+    assert parts == {"trunk": 632, "cross": 39, "self": 39, "norm": 0}
 
 
 def test_nothing_is_copied_while_it_is_built() -> None:
