@@ -19,7 +19,8 @@ from torch.nn.functional import normalize, pad
 
 from .resampler import HEAD_WIDTH, Shapes, attend, depth_of, layers_of, refine
 
-IDENTITY_TOKENS = 5  # of each photo's id vector; those of ortho_v2's m, too
+LEVELS = 5  # of the ViT's hidden states
+IDENTITY_TOKENS = 5  # that v1 makes of an id vector; of the first tokens, those that ortho_v2's m counts
 
 
 def _mapping_of(shapes: Shapes, name: str, operations: Any) -> nn.Sequential:
@@ -34,11 +35,6 @@ def _mapping_of(shapes: Shapes, name: str, operations: Any) -> nn.Sequential:
         nn.LeakyReLU(),
         operations.Linear(inner, out),
     )
-
-
-def levels_of(shapes: Shapes) -> int:
-    """The number of ViT levels that an encoder reads."""
-    return sum(f"mapping_{i}.0.weight" in shapes for i in range(len(shapes)))
 
 
 def id_vector(face: Tensor, pooled: Tensor) -> Tensor:
@@ -56,7 +52,7 @@ class IDEncoder(nn.Module):
     def __init__(self, shapes: Shapes, operations: Any) -> None:
         super().__init__()
         self.body = _mapping_of(shapes, "body", operations)
-        for i in range(levels_of(shapes)):
+        for i in range(LEVELS):
             for name in (f"mapping_{i}", f"mapping_patch_{i}"):
                 self.add_module(name, _mapping_of(shapes, name, operations))
 
@@ -81,18 +77,21 @@ class IDFormer(nn.Module):
         super().__init__()
         (_, queries, dim), (_, out) = shapes["latents"], shapes["proj_out"]
         heads, ratio = shapes["layers.0.0.to_q.weight"][0] // head_width, shapes["layers.0.1.1.weight"][0] // dim
+        depth = depth_of(shapes)
+        if depth % LEVELS:
+            raise ValueError(f"{depth} layers, not as many for each of {LEVELS} levels")
         self.latents = nn.Parameter(torch.empty(1, queries, dim))
         self.proj_out = nn.Parameter(torch.empty(dim, out))
-        self.layers = layers_of(dim, depth_of(shapes), heads, head_width, operations, ratio)
+        self.layers = layers_of(dim, depth, heads, head_width, operations, ratio)
         self.id_embedding_mapping = _mapping_of(shapes, "id_embedding_mapping", operations)
-        for i in range(levels_of(shapes)):
+        for i in range(LEVELS):
             self.add_module(f"mapping_{i}", _mapping_of(shapes, f"mapping_{i}", operations))
 
     def forward(self, face: Tensor, pooled: Tensor, levels: Tensor) -> Tensor:
         dim, queries = self.latents.shape[-1], self.latents.shape[1]
         identity = self.id_embedding_mapping(id_vector(face, pooled)).unflatten(-1, (-1, dim)).flatten(1, 2)
         latents = torch.cat((self.latents.to(identity).expand(len(identity), -1, -1), identity), dim=1)
-        each = len(self.layers) // levels.shape[2]
+        each = len(self.layers) // LEVELS
         for i, level in enumerate(levels.unbind(2)):  # [B, n, L, W]
             x = torch.cat((identity, self.get_submodule(f"mapping_{i}")(level.flatten(1, 2))), dim=1)
             latents = refine(self.layers[i * each : (i + 1) * each], latents, x)
@@ -107,7 +106,8 @@ Mix = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 def _along(o: Tensor, i: Tensor) -> Tensor:
     """P: the part of i along o, channel by channel over all positions, in float32."""
     o, i = o.float(), i.float()
-    return o * (o * i).sum(dim=1, keepdim=True) / (o * o).sum(dim=1, keepdim=True)
+    square = (o * o).sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # a channel may be all 0
+    return o * ((o * i).sum(dim=1, keepdim=True) / square)
 
 
 def _plain(o: Tensor, i: Tensor, q: Tensor, k: Tensor, heads: int) -> Tensor:

@@ -59,9 +59,7 @@ def feed_forward(dim: int, operations: Any, ratio: int = 4) -> nn.Sequential:
     )
 
 
-def layers_of(
-    dim: int, depth: int, heads: int, head_width: int, operations: Any, ratio: int = 4
-) -> nn.ModuleList:
+def layers_of(dim: int, depth: int, heads: int, head_width: int, operations: Any, ratio: int = 4) -> nn.ModuleList:
     """So many perceiver layers, an attention and a feed-forward each."""
     return nn.ModuleList(
         nn.ModuleList((PerceiverAttention(dim, heads, head_width, operations), feed_forward(dim, operations, ratio)))
