@@ -1,4 +1,4 @@
-"""IP-Adapter (arXiv 2308.06721) with FaceID, Portrait and InstantID (2401.07519): a second, decoupled cross-attention.
+"""IP-Adapter (arXiv 2308.06721), FaceID, Portrait, InstantID (2401.07519), PuLID: a second, decoupled cross-attention.
 
     Z = Attention(Q, K, V) + strength * Attention(Q, K', V'),   K' = t W'_k,  V' = t W'_v         (Eq. 5)
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from . import pulid
 from .resampler import Perceiver, Resampler, Shapes
 from .spec import AdapterSpec, Feature, Identity, parse_encoder_id
 
@@ -154,6 +155,8 @@ KINDS: dict[str, Kind] = {
     "portrait": Kind("FaceID-Portrait", FaceProjection.from_shapes, unit=True),
     "portrait_unnorm": Kind("FaceID-Portrait (unnorm)", Resampler.from_shapes, sequence=True),
     "instantid": Kind("InstantID", Resampler.from_shapes, sequence=True),
+    "pulid": Kind("PuLID v1", pulid.IDEncoder, sequence=True),
+    "pulid_v1_1": Kind("PuLID v1.1", pulid.IDFormer, sequence=True),
     "infinite_id": Kind("Infinite-ID", InfiniteProjection.from_shapes, unit=True),
 }
 
@@ -204,7 +207,7 @@ def need(identity: Identity, feature: Feature) -> str:
         return key
     loader = {
         "arcface": "Load Face Analyzer with the model pack",
-        "clip": "an image encoder (Load CLIP Vision) of the architecture",
+        "clip": "an image encoder (Load CLIP Vision; for EVA-CLIP, Load Image Encoder) of the architecture",
     }
     family, _, which = feature.network.partition(".")
     have = ", ".join(sorted({str(parse_encoder_id(key)[0]) for key in identity.embeddings})) or "no embedding at all"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import keymaps
+from . import keymaps, pulid
 from .decoupled import KINDS, DecoupledAdapter
 from .resampler import Shapes
 from .spec import AdapterSpec, Feature
@@ -21,6 +21,7 @@ FACE = Feature("arcface.buffalo_l", "raw", "face112")
 FACE_ANTELOPE = Feature("arcface.antelopev2", "raw", "face112")
 CLIP = {1024: "clip.vit-h-14", 1280: "clip.vit-bigg-14"}  # by the width of the projected embedding
 HIDDEN_NETWORK = "clip.vit-h-14"
+EVA = tuple(Feature("clip.eva02-l-14-336", layer, "ffhq512") for layer in ("projected", "levels"))
 
 
 def _hidden(crop: str) -> tuple[Feature, ...]:
@@ -49,6 +50,10 @@ def _image_tokens(shapes: Shapes) -> int:
     return shapes["projector.proj.weight"][0] // shapes["projector.norm.weight"][0]
 
 
+def _id_tokens(shapes: Shapes) -> int:
+    return shapes["projector.body.6.weight"][0] // shapes["projector.mapping_0.6.weight"][0] + pulid.LEVELS
+
+
 def _reads(width: int) -> Callable[[Shapes], bool]:
     return lambda shapes: shapes["projector.proj_in.weight"][1] == width
 
@@ -58,6 +63,8 @@ _MLP_PLUS = (*_MLP, "projector.perceiver_resampler.proj_in.weight")
 _FULL = ("projector.proj.0.weight", "projector.proj.2.weight", "projector.proj.3.weight")
 _RESAMPLER = ("projector.latents", "projector.proj_in.weight", "projector.proj_out.weight")
 _IMAGE = ("projector.proj.weight", "projector.norm.weight")
+_ID_ENCODER = ("projector.body.6.weight", "projector.mapping_0.6.weight", "projector.mapping_patch_0.0.weight")
+_ID_FORMER = ("projector.latents", "projector.proj_out", "projector.id_embedding_mapping.6.weight")
 
 # Specific before broad: the first row that fits decides.
 SIGNATURES: tuple[Signature, ...] = (
@@ -66,6 +73,8 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature("full_face", _FULL, lambda s: 257),
     Signature("faceid", (*_MLP, "lora.0.q.down"), _rows_per_width),
     Signature("portrait", _MLP, _rows_per_width),
+    Signature("pulid", _ID_ENCODER, _id_tokens),
+    Signature("pulid_v1_1", (*_ID_FORMER, "layers.1.k.weight"), _latents),
     Signature("instantid", _RESAMPLER, _latents, _reads(512)),
     Signature("kolors_plus", _RESAMPLER, _latents, _reads(1024)),
     Signature("plus", _RESAMPLER, _latents, _reads(1280)),
@@ -95,6 +104,8 @@ NEEDS: dict[str, Callable[[Shapes], tuple[Feature, ...]]] = {
     "portrait": lambda s: (FACE,),
     "portrait_unnorm": lambda s: (FACE,),
     "instantid": lambda s: (FACE_ANTELOPE,),
+    "pulid": lambda s: (FACE_ANTELOPE, *EVA),
+    "pulid_v1_1": lambda s: (FACE_ANTELOPE, *EVA),
 }
 
 

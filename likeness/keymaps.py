@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 Rules = Sequence[tuple[str, str]]
 
-# IP-Adapter, FaceID, Portrait, InstantID. The number is the file's own: attention processors in the order down, up,
-# middle; odd ones are cross-attentions. `lora.` holds what FaceID trained into the base model's attentions.
+# IP-Adapter, FaceID, Portrait, InstantID, PuLID. The number is the file's own: attention processors in the order down,
+# up, middle; odd ones are cross-attentions. `lora.` holds what FaceID trained into the base model's attentions.
 IP_ADAPTER: Rules = (
-    (r"image_proj\.(.+)", r"projector.\1"),
+    (r"(?:image_proj|id_adapter|pulid_encoder)\.(.+)", r"projector.\1"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_([kv])_ip\.weight", r"layers.\1.\2.weight"),
+    (r"id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight", r"layers.\1.\2.weight"),
+    (r"pulid_ca\.(\d+)\.(.+)", r"layers.\1.\2"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight", r"lora.\1.\2.\3"),
 )
 

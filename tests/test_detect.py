@@ -15,6 +15,7 @@ from golden import GOLDEN
 LAYOUTS = GOLDEN / "ip_adapter" / "layouts"
 BUFFALO, ANTELOPE = "arcface.buffalo_l.raw.face112", "arcface.antelopev2.raw.face112"
 PHOTO, HEAD, FACE = (f"clip.vit-h-14.penultimate.{crop}" for crop in ("photo", "head", "face224"))
+EVA = ("clip.eva02-l-14-336.projected.ffhq512", "clip.eva02-l-14-336.levels.ffhq512")
 
 # layout -> kind, base, tokens, needs, LoRA rank, guessed
 EXPECTED = {
@@ -32,6 +33,8 @@ EXPECTED = {
     "ip-adapter-faceid-portrait_sd15": ("portrait", "SD1.5", 16, [BUFFALO], 0, False),
     "ip-adapter-faceid-portrait_sdxl": ("portrait", "SDXL", 16, [BUFFALO], 0, False),
     "ip-adapter-faceid-portrait_sdxl_unnorm": ("portrait_unnorm", "SDXL", 16, [BUFFALO], 0, True),
+    "pulid_v1": ("pulid", "SDXL", 10, [ANTELOPE, *EVA], 0, False),
+    "pulid_v1.1": ("pulid_v1_1", "SDXL", 32, [ANTELOPE, *EVA], 0, False),
     "instantid_ip-adapter": ("instantid", "SDXL", 16, [ANTELOPE], 0, True),
 }
 

@@ -12,11 +12,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness import curves, regions
+from ...likeness import curves, pulid, regions
 from ...likeness import decoupled as math
 from ...likeness.spec import Identity, People
 from .. import types
-from .injection import Bank, Call, Place, Term, Window, window_inputs
+from .injection import GIVEN, Bank, Call, Place, Term, Window, window_inputs
 from .patch import attach, host_attention
 from .regional import cover
 from .unet import Site, fitting
@@ -31,7 +31,7 @@ class Decoupled(Term):
     """An adapter of the IP-Adapter family bound to an identity (injection.Term).
 
     `shares` says what each cross-attention gets of the strength; sites without a share are not in it. `mask` is the
-    region [B, H, W], or None for everywhere.
+    region [B, H, W], or None for everywhere. `mode` says what of its attention is added.
     """
 
     adapter: types.LoadedAdapter
@@ -43,6 +43,7 @@ class Decoupled(Term):
     unfold: bool
     mask: Tensor | None
     window: Window
+    mode: pulid.Mode = pulid.PLAIN
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -80,13 +81,15 @@ class Decoupled(Term):
             )
             if share.away:
                 cond, uncond = tuple(t * 0 for t in cond), cond
-            out[_place(site)] = tuple((c.to(call.dtype), u.to(call.dtype)) for c, u in zip(cond, uncond, strict=True))
+            out[_place(site)] = tuple(
+                tuple(self.mode.drained(t).to(call.dtype) for t in pair) for pair in zip(cond, uncond, strict=True)
+            )
         bias = None if self.unfold else math.key_bias(made, call.device)
         return out, None if bias is None else bias.to(call.dtype)
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         k, v, bias, call = state
-        term = host_attention(q, k, v, options, bias)
+        term = self.mode.mix(options[GIVEN], host_attention(q, k, v, options, bias), q, k, options["n_heads"])
         return term if self.mask is None else term * cover(self.bank, self.mask, call, options)
 
 
@@ -128,8 +131,8 @@ class ApplyDecoupled(io.ComfyNode):
             display_name="Apply Identity (Decoupled)",
             category="likeness/apply",
             description="Puts an identity into a model by a second cross-attention beside the text's: IP-Adapter, "
-            "FaceID, Portrait, InstantID. Strength 0 or an empty schedule gives the model as it was.",
-            search_aliases=["ipadapter", "faceid", "instantid", "apply"],
+            "FaceID, Portrait, InstantID, PuLID. Strength 0 or an empty schedule gives the model as it was.",
+            search_aliases=["ipadapter", "faceid", "instantid", "pulid", "apply"],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.5 or SDXL model, with any LoRAs and patches it already has."),
                 types.Adapter.Input("adapter", tooltip="From Load Identity Adapter; made for this base model."),
@@ -168,6 +171,11 @@ class ApplyDecoupled(io.ComfyNode):
                     tooltip="one identity: all faces in every picture. unfold: face 1 in picture 1 of the batch, "
                     "face 2 in picture 2, the last in all further ones.",
                 ),
+                io.Combo.Input(
+                    "pulid_mode", options=[pulid.AUTO, *pulid.MODES], default=pulid.AUTO, optional=True, advanced=True,
+                    tooltip="PuLID on SDXL only: what of the identity is added. auto: fidelity for v1, v1.1 for v1.1, "
+                    "as published; style keeps more of the prompt; plain adds all, as IP-Adapter does.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )  # fmt: skip
@@ -187,6 +195,7 @@ class ApplyDecoupled(io.ComfyNode):
         v2_weight: float = 1.0,
         lora_strength: float = 1.0,
         batch: str = "one identity",
+        pulid_mode: str = pulid.AUTO,
     ) -> io.NodeOutput:
         adapter = types.adapter_for("decoupled", adapter)
         found = fitting(adapter.spec, model)
@@ -198,11 +207,12 @@ class ApplyDecoupled(io.ComfyNode):
             return io.NodeOutput(model)
         window = Window.of(model, start_percent, end_percent)
         model = with_lora(model, adapter, found, lora_strength)
+        mode, unfold = pulid.mode_of(adapter.spec.kind, pulid_mode), BATCHES[batch]
         for who in people:
-            own, unfold = strength * who.strength, BATCHES[batch]
+            own = strength * who.strength
             model = attach(
                 model,
-                Decoupled(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window),
+                Decoupled(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window, mode),
             )
         return io.NodeOutput(model)
 

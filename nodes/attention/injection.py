@@ -17,6 +17,7 @@ from ...likeness.blocks import Block
 
 OUTPUT = "attn1_output"
 ATTENDED = "likeness_attended"
+GIVEN = "likeness_given"  # in a layer's options: what its attention gave, ahead of all terms
 KEYS = "likeness_keys"  # in a layer's options: the keys and values that it reads, of all rows
 WHOLE = "likeness_whole"  # in a layer's options: height and width of the latent, where a guider tells
 HERE = "likeness_here"  # in a layer's options: height and width of the latent that the model sees
@@ -206,8 +207,8 @@ class Term(Injection):
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
 
-        `q` are the queries; at OUTPUT, the layer's input, while options[ATTENDED] is what the layer made of it. FLUX
-        has its queries split into heads (dit.py).
+        `q` are the queries, options[GIVEN] what they were given; at OUTPUT, `q` is the layer's input, while
+        options[ATTENDED] is what the layer made of it. FLUX has its queries split into heads (dit.py).
         """
 
 

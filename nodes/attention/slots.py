@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...likeness.blocks import Block, attend_blocks, group
-from .injection import ATTENDED, KEYS, Bank, Blocks, Call, Extension, Injection, Place, Term
+from .injection import ATTENDED, GIVEN, KEYS, Bank, Blocks, Call, Extension, Injection, Place, Term
 
 KEY = "likeness"  # in the options of a call: what is going on, a Now
 READ = "likeness_read"
@@ -83,7 +83,7 @@ class Slot:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         options[KEYS] = k, v
-        out = self._attend(q, k, v, options)
+        options[GIVEN] = out = self._attend(q, k, v, options)
         return and_terms(self.injections, self.place, q, out, options)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
