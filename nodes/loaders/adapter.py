@@ -8,18 +8,25 @@ from safetensors import SafetensorError, safe_open
 
 from ...likeness import detect, infinite_id, keymaps
 from ...likeness import fused as fused_math
+from ...likeness import omni_adapter as omni_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import care, files, fused, mixed
+from . import care, files, fused, mixed, omni_adapter
 
 FOLDERS = ("ipadapter", "instantid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
 FLASHFACE = "ref_encoder.0.weight"
 
-# The width of a CLIP vision tower's class embedding, under the names of its two layouts.
-CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
-CLIP_WIDTHS = {"clip.vit-h-14": 1280, "clip.vit-bigg-14": 1664}
+# What tells an image encoder's family and width: CLIP's class embedding, in two layouts, and SigLIP's pooling query.
+MARKS = {
+    "clip": ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    "siglip": ("vision_model.head.probe",),
+}
+WIDTHS = {
+    "clip.vit-l-14": 1024, "clip.vit-h-14": 1280, "clip.vit-bigg-14": 1664, "siglip.so400m-14-384": 1152,
+}  # fmt: skip
+ENCODERS = {"clip": ("CLIP", "Load CLIP Vision"), "siglip": ("SigLIP", "Load Image Encoder")}
 CROPS = {
     "photo": "the whole photo",
     "head": "the head with a margin",
@@ -29,7 +36,7 @@ CROPS = {
 
 
 # Files of the pack's own say in their metadata what they are: what loads each kind.
-OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load}
+OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load, omni_math.KIND: omni_adapter.load}
 
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
@@ -72,16 +79,18 @@ def _need(feature: Feature) -> str:
         there = any((root / "models" / which).is_dir() for root in files.roots("insightface"))
         where = "found" if there else f"missing: put the folder {which} into models/insightface/models"
         return f"Needs face embeddings of {which} (Load Face Analyzer) of {crop}: {where}."
-    found = [name for name in files.names("clip_vision") if _class_width(name) == CLIP_WIDTHS.get(feature.network)]
+    kind, loader = ENCODERS[family]
+    wide = WIDTHS.get(feature.network)
+    found = [name for name in files.names("clip_vision") if _width(name, MARKS[family]) == wide]
     where = f"found as {', '.join(found)}" if found else "missing: put one into models/clip_vision"
-    return f"Needs CLIP {which} (Load CLIP Vision) of {crop}: {where}."
+    return f"Needs {kind} {which} ({loader}) of {crop}: {where}."
 
 
-def _class_width(name: str) -> int | None:
-    """The width of a CLIP vision file, read from its header alone."""
+def _width(name: str, marks: tuple[str, ...]) -> int | None:
+    """The width of an image encoder's file of a family, read from its header alone."""
     try:
         with safe_open(files.find(name, "clip_vision"), "pt") as tensors:
-            key = next((key for key in CLASS_EMBEDDINGS if key in tensors.keys()), None)  # noqa: SIM118
+            key = next((key for key in marks if key in tensors.keys()), None)  # noqa: SIM118
             return None if key is None else tensors.get_slice(key).get_shape()[-1]
     except (SafetensorError, OSError, ValueError):
         return None
@@ -94,8 +103,9 @@ class LoadAdapter(io.ComfyNode):
             node_id="LikenessLoadAdapter",
             display_name="Load Identity Adapter",
             category="likeness/loaders",
-            description="Loads any file of the IP-Adapter, FaceID and InstantID family, and the pack's own fused KV "
-            "files. What it is, is read from the file; the report says which base model and encoders it needs.",
+            description="Loads any file of the IP-Adapter, FaceID and InstantID family, for SD1.5, SDXL and FLUX, and "
+            "the pack's own files. What it is, is read from the file; the report says which base model and encoders it "
+            "needs.",
             search_aliases=["ipadapter", "faceid", "instantid", "portrait", "fused"],
             inputs=[
                 io.Combo.Input(
