@@ -22,7 +22,7 @@ FACE = Feature("arcface.buffalo_l", "raw", "face112")
 FACE_ANTELOPE = Feature("arcface.antelopev2", "raw", "face112")
 CLIP = {1024: "clip.vit-h-14", 1280: "clip.vit-bigg-14"}  # by the width of the projected embedding
 HIDDEN_NETWORK = "clip.vit-h-14"
-CLIP_L = Feature("clip.vit-l-14", "projected", "photo")
+CLIP_L, BLACK = (Feature("clip.vit-l-14", "projected", crop) for crop in ("photo", "black"))
 SIGLIP = Feature("siglip.so400m-14-384", "pooled", "photo")
 EVA = tuple(Feature("clip.eva02-l-14-336", layer, "ffhq512") for layer in ("projected", "levels"))
 
