@@ -7,9 +7,11 @@ from typing import Any
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.ldm.flux.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import torch
@@ -103,5 +105,20 @@ def controlnet(positive: list[Any], **changes: Any) -> list[Any]:
     model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})
     cpu = torch.device("cpu")
     control = comfy.controlnet.ControlNet(model.eval().requires_grad_(False), load_device=cpu)
+    control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 0.5)
+    return [[text, {**rest, "control": control, "control_apply_to_uncond": False}] for text, rest in positive]
+
+
+def flux_controlnet(positive: list[Any]) -> list[Any]:
+    """A prompt with a small ControlNet for FLUX on it, of XLabs' kind."""
+    config = {key: value for key, value in FLUX.items() if key not in ("image_model", "depth", "depth_single_blocks")}
+    model = comfy.ldm.flux.controlnet.ControlNetFlux(
+        dtype=torch.float32, operations=comfy.ops.disable_weight_init, depth=1, depth_single_blocks=1, **config
+    )
+    generator = torch.Generator().manual_seed(11)
+    model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})
+    control = comfy.controlnet.ControlNet(
+        model.eval().requires_grad_(False), load_device=torch.device("cpu"), extra_conds=["y", "guidance"]
+    )
     control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 0.5)
     return [[text, {**rest, "control": control, "control_apply_to_uncond": False}] for text, rest in positive]
