@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
-CROPS = ("photo", "head", *FACE_SIZES)
+CROPS = ("photo", "head", "ffhq512", *FACE_SIZES)
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Feature:
     """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
 
     `network` is `arcface.<pack>`, `clip.<architecture>` or `omni_id`; `layer` is `raw`, `projected`, `penultimate`,
-    `last` or `tokens`; `crop` is one of `CROPS`: the whole photo, the head with a margin, or an aligned face.
+    `last`, `levels` or `tokens`; `crop` is one of `CROPS`: the whole photo, the head with a margin, or an aligned face.
     """
 
     network: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.ops
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
 
 from ...likeness import detect, infinite_id, keymaps
 from ...likeness import fused as fused_math
@@ -13,16 +12,22 @@ from ...likeness.spec import AdapterSpec, Feature
 from .. import types
 from . import care, files, fused, mixed
 
-FOLDERS = ("ipadapter", "instantid", "likeness")
+FOLDERS = ("ipadapter", "instantid", "pulid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
 FLASHFACE = "ref_encoder.0.weight"
 
-# The width of a CLIP vision tower's class embedding, under the names of its two layouts.
+# What tells a CLIP vision tower's network: the shape of a tensor, under the names of its layouts.
 CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
-CLIP_WIDTHS = {"clip.vit-h-14": 1280, "clip.vit-bigg-14": 1664}
+EVA_POSITIONS = ("visual.pos_embed", "visual.trunk.pos_embed")
+TOWERS: dict[str, tuple[tuple[str, ...], list[int], str]] = {
+    "clip.vit-h-14": (CLASS_EMBEDDINGS, [1280], "Load CLIP Vision"),
+    "clip.vit-bigg-14": (CLASS_EMBEDDINGS, [1664], "Load CLIP Vision"),
+    "clip.eva02-l-14-336": (EVA_POSITIONS, [1, 577, 1024], "Load Image Encoder"),
+}
 CROPS = {
     "photo": "the whole photo",
     "head": "the head with a margin",
+    "ffhq512": "the aligned head in grey on white",
     "face112": "the aligned face, 112 pixels",
     "face224": "the aligned face, 224 pixels",
 }
@@ -57,7 +62,7 @@ def report(spec: AdapterSpec, file: str, guessed: bool) -> str:
         lines.append("This kind was guessed from the file's name, as its tensors fit several: set variant to be sure.")
     if spec.lora_rank:
         lines.append(f"Brings its own LoRA of rank {spec.lora_rank}; no second file is needed.")
-    lines += [_need(feature) for feature in spec.needs]
+    lines += dict.fromkeys(_need(feature) for feature in spec.needs)  # two layers of one network are one line
     return "\n".join(lines)
 
 
@@ -72,19 +77,10 @@ def _need(feature: Feature) -> str:
         there = any((root / "models" / which).is_dir() for root in files.roots("insightface"))
         where = "found" if there else f"missing: put the folder {which} into models/insightface/models"
         return f"Needs face embeddings of {which} (Load Face Analyzer) of {crop}: {where}."
-    found = [name for name in files.names("clip_vision") if _class_width(name) == CLIP_WIDTHS.get(feature.network)]
+    names, shape, loader = TOWERS.get(feature.network, ((), [], "Load CLIP Vision"))
+    found = [name for name in files.names("clip_vision") if shape and files.shape(name, "clip_vision", names) == shape]
     where = f"found as {', '.join(found)}" if found else "missing: put one into models/clip_vision"
-    return f"Needs CLIP {which} (Load CLIP Vision) of {crop}: {where}."
-
-
-def _class_width(name: str) -> int | None:
-    """The width of a CLIP vision file, read from its header alone."""
-    try:
-        with safe_open(files.find(name, "clip_vision"), "pt") as tensors:
-            key = next((key for key in CLASS_EMBEDDINGS if key in tensors.keys()), None)  # noqa: SIM118
-            return None if key is None else tensors.get_slice(key).get_shape()[-1]
-    except (SafetensorError, OSError, ValueError):
-        return None
+    return f"Needs CLIP {which} ({loader}) of {crop}: {where}."
 
 
 class LoadAdapter(io.ComfyNode):
@@ -94,15 +90,14 @@ class LoadAdapter(io.ComfyNode):
             node_id="LikenessLoadAdapter",
             display_name="Load Identity Adapter",
             category="likeness/loaders",
-            description="Loads any file of the IP-Adapter, FaceID and InstantID family, and the pack's own fused KV "
-            "files. What it is, is read from the file; the report says which base model and encoders it needs.",
-            search_aliases=["ipadapter", "faceid", "instantid", "portrait", "fused"],
+            description="Loads any file of the IP-Adapter, FaceID, InstantID and PuLID family, and the pack's own "
+            "fused KV files. What it is, is read from the file; the report names the base model and encoders it needs.",
+            search_aliases=["ipadapter", "faceid", "instantid", "pulid", "portrait", "fused"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names(*FOLDERS),
-                    tooltip="Adapter file from models/ipadapter, models/instantid or models/likeness (.safetensors or "
-                    ".bin).",
+                    tooltip="Adapter file from models/ipadapter, instantid, pulid or likeness (.safetensors or .bin).",
                 ),
                 io.Combo.Input(
                     "variant",
