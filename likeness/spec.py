@@ -130,7 +130,8 @@ class AdapterSpec:
     `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
     and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
     `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA; `unconditional`
-    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`.
+    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`; `names` are those of
+    FLUX's layers in the file: "double.0", "single.3", or "7", counted through all blocks.
     """
 
     kind: str
@@ -141,3 +142,4 @@ class AdapterSpec:
     needs: tuple[Feature, ...]
     lora_rank: int = 0
     unconditional: str = "zero"
+    names: tuple[str, ...] = ()
