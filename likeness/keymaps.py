@@ -17,6 +17,11 @@ IP_ADAPTER: Rules = (
     (r"id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight", r"layers.\1.\2.weight"),
     (r"pulid_ca\.(\d+)\.(.+)", r"layers.\1.\2"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight", r"lora.\1.\2.\3"),
+    (r"ip_adapter_proj_model\.(.+)", r"projector.\1"),
+    (
+        r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)",
+        r"layers.double_blocks.\1.\2.\3",
+    ),
 )
 
 # EVA-CLIP's vision tower, as its authors and as OpenCLIP's checkpoints spell it, by timm's names.

@@ -46,9 +46,9 @@ CHANNELS = {"FLUX.1": 16}  # of the latent, where not 4
 def patcher(family: str = "SD1.5", weights: dict[str, Tensor] | None = None, **changes: Any) -> ModelPatcher:
     """A model of the host with this topology; without `weights`, from a seed."""
     config, supported, base = FAMILIES[family]
-    config = copy.deepcopy(config)  # the host's modules consume the lists
+    config = copy.deepcopy(config) | changes  # the host's modules consume the lists
     heads = {key: config[key] for key in ("num_heads", "num_head_channels") if key in config}
-    settings = supported({**config, **changes})
+    settings = supported(dict(config))
     settings.unet_config |= heads
     settings.set_inference_dtype(torch.float32, None)
     model = base(settings, device=torch.device("cpu"))

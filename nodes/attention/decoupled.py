@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,21 @@ from torch import Tensor
 
 from ...likeness import curves, pulid, regions
 from ...likeness import decoupled as math
-from ...likeness.spec import Identity, People
+from ...likeness.spec import AdapterSpec, Identity, People
 from .. import types
+from . import flux, unet
+from .flux import FluxSite
 from .injection import GIVEN, Bank, Call, Place, Term, Window, window_inputs
 from .patch import attach, host_attention
 from .regional import cover
-from .unet import Site, fitting
+from .unet import Site
 
+Spot = Site | FluxSite
+
+# Base model -> where an adapter's layers sit in it, in the file's order or in running order.
+FITTING: Mapping[str, Callable[[AdapterSpec, ModelPatcher], Sequence[Spot]]] = {
+    "SD1.5": unet.fitting, "SDXL": unet.fitting, "FLUX.1": flux.fitting,
+}  # fmt: skip
 BATCHES = {"one identity": False, "unfold": True}
 LORA_PARTS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
@@ -30,13 +38,13 @@ LORA_SIDES = {"down": "lora_down.weight", "up": "lora_up.weight"}
 class Decoupled(Term):
     """An adapter of the IP-Adapter family bound to an identity (injection.Term).
 
-    `shares` says what each cross-attention gets of the strength; sites without a share are not in it. `mask` is the
+    `shares` says what each layer gets of the strength; sites without a share are not in it. `mask` is the
     region [B, H, W], or None for everywhere. `mode` says what of its attention is added.
     """
 
     adapter: types.LoadedAdapter
     identity: Identity
-    shares: Mapping[Site, curves.Share]
+    shares: Mapping[Spot, curves.Share]
     strength: float
     scaling: str
     shortcut: float
@@ -52,7 +60,7 @@ class Decoupled(Term):
 
     @property
     def places(self) -> list[Place]:
-        return [_place(site) for site in self.shares]
+        return [site.place for site in self.shares]
 
     def prepare(self, call: Call) -> Mapping[Place, Any]:
         return self.bank.get(call, lambda: self._lay_out(call))
@@ -72,16 +80,19 @@ class Decoupled(Term):
         """Keys and values of every site, for rows with and without the identity."""
         module: math.DecoupledAdapter = self.adapter.patcher.model
         made = math.tokens(module, self.adapter.spec, self.identity, call.device, self.shortcut, one_by_one=self.unfold)
-        scale = math.SCALINGS[self.scaling]
+        spec, scale = self.adapter.spec, math.SCALINGS[self.scaling]
         out: dict[Place, Any] = {}
         for site, share in self.shares.items():
             weight = self.strength * share.weight
-            cond, uncond = (
-                scale(*module.project(site.number, t), weight, site.hidden) for t in (made.cond, made.uncond)
-            )
+            breadth = site.hidden / math.WIDEST[spec.base]
+            both = (made.cond,) if made.uncond is made.cond else (made.cond, made.uncond)
+            scaled = [scale(*module.project(site.name, t), weight, breadth) for t in both]
+            cond, uncond = scaled[0], scaled[-1]
+            if spec.unconditional == "none":
+                uncond = tuple(t * 0 for t in uncond)
             if share.away:
                 cond, uncond = tuple(t * 0 for t in cond), cond
-            out[_place(site)] = tuple(
+            out[site.place] = tuple(
                 tuple(self.mode.drained(t).to(call.dtype) for t in pair) for pair in zip(cond, uncond, strict=True)
             )
         bias = None if self.unfold else math.key_bias(made, call.device)
@@ -89,26 +100,43 @@ class Decoupled(Term):
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         k, v, bias, call = state
-        term = self.mode.mix(options[GIVEN], host_attention(q, k, v, options, bias), q, k, options["n_heads"])
-        return term if self.mask is None else term * cover(self.bank, self.mask, call, options)
+        term = host_attention(q, k, v, options, bias)
+        if self.mode is not pulid.PLAIN:
+            term = self.mode.mix(options[GIVEN], term, q, k, options["n_heads"])
+        return term if self.mask is None else term * cover(self.bank, self.mask, call, options, q.shape[-2])
 
 
-def _place(site: Site) -> Place:
-    return Place("attn2", site.block, site.depth, site.deep)
+class Behind(Decoupled):
+    """The same where an adapter's layer is a whole attention, which reads the stream behind a block (PuLID-FLUX)."""
+
+    def _lay_out(self, call: Call) -> Mapping[Place, Any]:
+        module: math.DecoupledAdapter = self.adapter.patcher.model
+        layers = {site.place: module.layer(site.name) for site in self.shares}
+        return {place: (layers[place], *state) for place, state in super()._lay_out(call).items()}
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        layer, k, v, _, call = state
+        term = layer.read(q, k, v)
+        return term if self.mask is None else term * cover(self.bank, self.mask, call, options, q.shape[-2])
 
 
-def shares(found: list[Site], base: str, layer_weights: str, custom: str) -> dict[Site, curves.Share]:
+TERMS: Mapping[str, type[Decoupled]] = {"pulid_flux": Behind}  # by the adapter's kind; of all others, Decoupled
+
+
+def fitting(spec: AdapterSpec, model: ModelPatcher) -> Sequence[Spot]:
+    """The adapter's layers in the model. Raises ValueError where it was made for another base model."""
+    return FITTING[spec.base](spec, model)
+
+
+def shares(found: Sequence[Spot], base: str, layer_weights: str, custom: str) -> dict[Spot, curves.Share]:
     """What each site gets of the strength, those left out that get nothing."""
-    out = {
-        site: curves.share(
-            layer_weights, custom, curves.Layer(site.transformer, site.transformers, site.block[0], base)
-        )
-        for site in found
-    }
+    out = {site: curves.share(layer_weights, custom, site.layer(base)) for site in found}
     return {site: share for site, share in out.items() if share.weight}
 
 
-def with_lora(model: ModelPatcher, adapter: types.LoadedAdapter, found: list[Site], strength: float) -> ModelPatcher:
+def with_lora(
+    model: ModelPatcher, adapter: types.LoadedAdapter, found: Sequence[Spot], strength: float
+) -> ModelPatcher:
     """The model with the adapter's own LoRA, through the host's LoRA code."""
     if not adapter.lora or not strength:
         return model
@@ -116,6 +144,7 @@ def with_lora(model: ModelPatcher, adapter: types.LoadedAdapter, found: list[Sit
     for key, matrix in adapter.lora.items():
         number, part, side = key.split(".")
         site = found[int(number) // 2]
+        assert isinstance(site, Site)  # as FLUX's adapters bring no LoRA
         attention = "attn2" if int(number) % 2 else "attn1"
         lora[f"diffusion_model.{site.key}.{attention}.{LORA_PARTS[part]}.{LORA_SIDES[side]}"] = matrix
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
@@ -208,11 +237,11 @@ class ApplyDecoupled(io.ComfyNode):
         window = Window.of(model, start_percent, end_percent)
         model = with_lora(model, adapter, found, lora_strength)
         mode, unfold = pulid.mode_of(adapter.spec.kind, pulid_mode), BATCHES[batch]
+        term = TERMS.get(adapter.spec.kind, Decoupled)
         for who in people:
             own = strength * who.strength
             model = attach(
-                model,
-                Decoupled(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window, mode),
+                model, term(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window, mode)
             )
         return io.NodeOutput(model)
 

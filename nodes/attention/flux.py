@@ -9,18 +9,23 @@ from comfy.ldm.flux.model import Flux
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...likeness import curves, omni_adapter
 from ...likeness.spec import AdapterSpec
-from .dit import EVERYTHING, PICTURE, QUERIED
+from .dit import EVERYTHING, PICTURE, QUERIED, STREAM
 from .injection import Place
 
 Block = tuple[str, int]
 
-# Where the terms of each kind of adapter go; a kind without a row goes to the picture's attention.
+# Where the terms of each kind of adapter go. Published ones have a layer for each block of these sides, or for the
+# first of EVERY so many; of the pack's own, a file may hold any.
 PLACES: Mapping[str, Mapping[str, str]] = {
     "xlabs": {"double": QUERIED},
     "instantx": {"double": PICTURE, "single": EVERYTHING},
+    "pulid_flux": {"double": STREAM, "single": STREAM},
+    omni_adapter.KIND: {"double": PICTURE, "single": PICTURE},
 }
-ELSEWHERE = {"double": PICTURE, "single": PICTURE}
+EVERY: Mapping[str, Mapping[str, int]] = {"pulid_flux": {"double": 2, "single": 4}}
+SOME = {omni_adapter.KIND}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class FluxSite:
     count: int
     side: str
     hidden: int
+
+    def layer(self, base: str) -> curves.Layer:
+        return curves.Layer(self.number, self.count, self.side, base)
 
 
 def blocks(model: nn.Module) -> list[Block]:
@@ -57,32 +65,35 @@ def _side(block: Block, singles: int) -> str:
 
 
 def _block(name: str, running: list[Block]) -> Block | None:
-    """The block of a layer "double.3", or "7", counted through all blocks; None where there is no such block."""
-    kind, _, index = name.rpartition(".")
-    if kind:
-        return (kind, int(index)) if (kind, int(index)) in running else None
+    """The block of a layer "double_blocks.3", or "7", counted through all; None where there is no such block."""
+    side, _, index = name.rpartition(".")
+    if side:
+        block = side.removesuffix("_blocks"), int(index)
+        return block if block in running else None
     return running[int(index)] if int(index) < len(running) else None
 
 
 def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[FluxSite]:
     """The adapter's layers in the model, in running order. Raises ValueError where the model has no place for them."""
     flux = model.model.diffusion_model
-    running = blocks(flux)
-    singles = sum(kind == "single" for kind, _ in running)
+    places, every = PLACES[spec.kind], EVERY.get(spec.kind, {})
+    running = [(side, i) for side, i in blocks(flux) if i % every.get(side, 1) == 0]
+    singles = len(flux.single_blocks)
     found = {name: _block(name, running) for name in spec.names}
-    lost = [name for name, block in found.items() if block is None]
-    short = all("." not in name for name in spec.names) and len(spec.names) != len(running)
-    if lost or short or set(spec.layers) != {flux.hidden_size}:
+    wanted = {block for block in running if block[0] in places}
+    known = {block for block in found.values() if block in wanted}
+    fits = len(known) == len(found) and (known == wanted or spec.kind in SOME)
+    if not fits or set(spec.layers) != {flux.hidden_size}:
         raise ValueError(
             f"got an adapter for FLUX.1 with {len(spec.names)} layers of width {max(spec.layers)}; expected one for "
-            f"this model, which has {len(running) - singles} double and {singles} single blocks of width "
+            f"this model, which has {len(flux.double_blocks)} double and {singles} single blocks of width "
             f"{flux.hidden_size}; load an adapter for this base model, or FLUX.1"
         )
     order = sorted(((block, name) for name, block in found.items() if block), key=lambda one: running.index(one[0]))
     return [
         FluxSite(
             name=name,
-            place=Place(PLACES.get(spec.kind, ELSEWHERE)[block[0]], block),
+            place=Place(places[block[0]], block),
             number=i,
             count=len(order),
             side=_side(block, singles),

@@ -7,23 +7,31 @@ from comfy_api.latest import io
 
 from ...likeness import detect, infinite_id, keymaps
 from ...likeness import fused as fused_math
+from ...likeness import omni_adapter as omni_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import care, files, fused, mixed
+from . import care, files, fused, mixed, omni_adapter
 
 FOLDERS = ("ipadapter", "instantid", "pulid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
 FLASHFACE = "ref_encoder.0.weight"
 
-# What tells a CLIP vision tower's network: the shape of a tensor, under the names of its layouts.
+# What tells an image encoder's network: a tensor's shape, under the names of its layouts; its title; what loads it.
 CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
-EVA_POSITIONS = ("visual.pos_embed", "visual.trunk.pos_embed")
-TOWERS: dict[str, tuple[tuple[str, ...], list[int], str]] = {
-    "clip.vit-h-14": (CLASS_EMBEDDINGS, [1280], "Load CLIP Vision"),
-    "clip.vit-bigg-14": (CLASS_EMBEDDINGS, [1664], "Load CLIP Vision"),
-    "clip.eva02-l-14-336": (EVA_POSITIONS, [1, 577, 1024], "Load Image Encoder"),
+TOWERS: dict[str, tuple[tuple[str, ...], list[int], str, str]] = {
+    "clip.vit-l-14": (CLASS_EMBEDDINGS, [1024], "CLIP", "Load CLIP Vision"),
+    "clip.vit-h-14": (CLASS_EMBEDDINGS, [1280], "CLIP", "Load CLIP Vision"),
+    "clip.vit-bigg-14": (CLASS_EMBEDDINGS, [1664], "CLIP", "Load CLIP Vision"),
+    "clip.eva02-l-14-336": (
+        ("visual.pos_embed", "visual.trunk.pos_embed"),
+        [1, 577, 1024],
+        "CLIP",
+        "Load Image Encoder",
+    ),
+    "siglip.so400m-14-384": (("vision_model.head.probe",), [1, 1, 1152], "SigLIP", "Load Image Encoder"),
 }
+UNKNOWN = ((), [], "CLIP", "Load CLIP Vision")
 CROPS = {
     "photo": "the whole photo",
     "head": "the head with a margin",
@@ -34,7 +42,7 @@ CROPS = {
 
 
 # Files of the pack's own say in their metadata what they are: what loads each kind.
-OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load}
+OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load, omni_math.KIND: omni_adapter.load}
 
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
@@ -77,10 +85,10 @@ def _need(feature: Feature) -> str:
         there = any((root / "models" / which).is_dir() for root in files.roots("insightface"))
         where = "found" if there else f"missing: put the folder {which} into models/insightface/models"
         return f"Needs face embeddings of {which} (Load Face Analyzer) of {crop}: {where}."
-    names, shape, loader = TOWERS.get(feature.network, ((), [], "Load CLIP Vision"))
-    found = [name for name in files.names("clip_vision") if shape and files.shape(name, "clip_vision", names) == shape]
+    names, shape, kind, loader = TOWERS.get(feature.network, UNKNOWN)
+    found = [name for name in files.names("clip_vision") if names and files.shape(name, "clip_vision", names) == shape]
     where = f"found as {', '.join(found)}" if found else "missing: put one into models/clip_vision"
-    return f"Needs CLIP {which} ({loader}) of {crop}: {where}."
+    return f"Needs {kind} {which} ({loader}) of {crop}: {where}."
 
 
 class LoadAdapter(io.ComfyNode):
@@ -90,8 +98,9 @@ class LoadAdapter(io.ComfyNode):
             node_id="LikenessLoadAdapter",
             display_name="Load Identity Adapter",
             category="likeness/loaders",
-            description="Loads any file of the IP-Adapter, FaceID, InstantID and PuLID family, and the pack's own "
-            "fused KV files. What it is, is read from the file; the report names the base model and encoders it needs.",
+            description="Loads any file of the IP-Adapter, FaceID, InstantID and PuLID family, for SD1.5, SDXL and "
+            "FLUX, and the pack's own files. What it is, is read from the file; the report says which base model and "
+            "encoders it needs.",
             search_aliases=["ipadapter", "faceid", "instantid", "pulid", "portrait", "fused"],
             inputs=[
                 io.Combo.Input(
