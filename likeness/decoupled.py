@@ -189,7 +189,7 @@ class Kind:
     sequence: bool = False
     shortcut: bool = False
     blank: str = "zero"
-    layer: type[KeysValues] = KeysValues
+    layer: Callable[[int, int, Any], nn.Module] = KeysValues
 
 
 KINDS: dict[str, Kind] = {
@@ -205,6 +205,7 @@ KINDS: dict[str, Kind] = {
     "instantid": Kind("InstantID", Resampler.from_shapes, sequence=True),
     "pulid": Kind("PuLID v1", pulid.IDEncoder, sequence=True),
     "pulid_v1_1": Kind("PuLID v1.1", pulid.IDFormer, sequence=True),
+    "pulid_flux": Kind("PuLID-FLUX", pulid.IDFormer, sequence=True, layer=pulid.FluxAttention),
     "xlabs": Kind("XLabs FLUX IP-Adapter", ImageProjection.from_shapes, blank="black", layer=BiasedKeysValues),
     "instantx": Kind("InstantX FLUX IP-Adapter", FaceProjection.from_shapes, blank="same", layer=NormedKeysValues),
     "omni_id_adapter": Kind("Omni-ID", OmniProjection.from_shapes),
@@ -229,7 +230,11 @@ class DecoupledAdapter(nn.Module):
 
     def project(self, layer: int | str, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """K' and V' [n, T, hidden] of the attention with the file's number or name `layer`."""
-        return self.layers.get_submodule(str(layer))(tokens)
+        return self.layer(layer)(tokens)
+
+    def layer(self, name: int | str) -> nn.Module:
+        """What makes these of tokens."""
+        return self.layers.get_submodule(str(name))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,10 @@ from .resampler import Shapes
 from .spec import AdapterSpec, Feature
 
 BASES = {16: "SD1.5", 70: "SDXL"}  # by the number of cross-attentions
-FLUX, FLUX_KINDS = "FLUX.1", ("xlabs", "instantx")
+FLUX = "FLUX.1"
+KEYS = ("k.weight", "k.weight")
+# Kinds for FLUX -> of a layer, the matrix that gives the model's width, and the one that reads the tokens.
+FLUX_KINDS = {"xlabs": KEYS, "instantx": KEYS, "pulid_flux": ("to_out.weight", "to_kv.weight")}
 
 FACE = Feature("arcface.buffalo_l", "raw", "face112")
 FACE_ANTELOPE = Feature("arcface.antelopev2", "raw", "face112")
@@ -79,6 +82,7 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature("faceid", (*_MLP, "lora.0.q.down"), _rows_per_width),
     Signature("portrait", _MLP, _rows_per_width),
     Signature("pulid", _ID_ENCODER, _id_tokens),
+    Signature("pulid_flux", (*_ID_FORMER, "layers.0.to_kv.weight"), _latents),
     Signature("pulid_v1_1", (*_ID_FORMER, "layers.1.k.weight"), _latents),
     Signature("instantid", _RESAMPLER, _latents, _reads(512)),
     Signature("kolors_plus", _RESAMPLER, _latents, _reads(1024)),
@@ -113,6 +117,7 @@ NEEDS: dict[str, Callable[[Shapes], tuple[Feature, ...]]] = {
     "xlabs": lambda s: (CLIP_L,),
     "pulid": lambda s: (FACE_ANTELOPE, *EVA),
     "pulid_v1_1": lambda s: (FACE_ANTELOPE, *EVA),
+    "pulid_flux": lambda s: (FACE_ANTELOPE, *EVA),
 }
 
 
@@ -161,10 +166,12 @@ def layers_of(shapes: Shapes, file: str) -> tuple[tuple[int, ...], int]:
     return tuple(shape[0] for shape in keys), keys[0][1]
 
 
-def flux_layers_of(shapes: Shapes, file: str) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+def flux_layers_of(
+    shapes: Shapes, file: str, matrices: tuple[str, str] = KEYS
+) -> tuple[tuple[str, ...], tuple[int, ...], int]:
     """The names of the layers of a renamed state dict for FLUX, their hidden widths, and the width their keys read.
 
-    Raises ValueError unless each has a matrix of keys, all of the same input.
+    Raises ValueError unless each has its `matrices` (FLUX_KINDS), all of the same input.
     """
     found = {
         match[1]
@@ -172,13 +179,13 @@ def flux_layers_of(shapes: Shapes, file: str) -> tuple[tuple[str, ...], tuple[in
         if match
     }
     names = sorted(found, key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
-    keys = [shapes.get(f"layers.{name}.k.weight", ()) for name in names]
-    if not names or any(len(shape) != 2 or shape[1:] != keys[0][1:] for shape in keys):
+    gives, reads = ([shapes.get(f"layers.{name}.{matrix}", ()) for name in names] for matrix in matrices)
+    if not names or any(len(shape) != 2 for shape in gives) or any(shape[1:] != reads[0][1:] for shape in reads):
         raise ValueError(
             f"got {file or 'a file'} with keys and values for {len(names)} blocks of FLUX, which are not all matrices "
             "with the same input; expected [hidden, width] each: the file is cut short"
         )
-    return tuple(names), tuple(shape[0] for shape in keys), keys[0][1]
+    return tuple(names), tuple(shape[0] for shape in gives), reads[0][1]
 
 
 def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "auto") -> tuple[AdapterSpec, bool]:
@@ -186,7 +193,7 @@ def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "aut
     shapes = shapes_of(tensors)
     row, kind, guessed = kind_of(shapes, file, variant)
     if kind in FLUX_KINDS:
-        base, (names, layers, width) = FLUX, flux_layers_of(shapes, file)
+        base, (names, layers, width) = FLUX, flux_layers_of(shapes, file, FLUX_KINDS[kind])
     else:
         names, (layers, width) = (), layers_of(shapes, file)
         base = BASES[len(layers)]

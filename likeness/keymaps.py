@@ -24,6 +24,17 @@ IP_ADAPTER: Rules = (
     ),
 )
 
+# EVA-CLIP's vision tower, as its authors and as OpenCLIP's checkpoints spell it, by timm's names.
+EVA_CLIP: Rules = (
+    (r"(?:trunk\.)?(.+)\.attn\.([qv])_bias", r"\1.attn.\2_proj.bias"),
+    (r"(?:trunk\.)?(.+)\.attn\.inner_attn_ln\.(\w+)", r"\1.attn.norm.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w1\.(\w+)", r"\1.mlp.fc1_g.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w2\.(\w+)", r"\1.mlp.fc1_x.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w3\.(\w+)", r"\1.mlp.fc2.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.ffn_ln\.(\w+)", r"\1.mlp.norm.\2"),
+    (r"(?:trunk\.)?(.+)", r"\1"),
+)
+
 # FlashFace, all one UNet's names once its parts are told apart: first what is inside a block, then the blocks.
 FLASHFACE_INSIDE: Rules = (
     (r"(.+)\.layer1\.([02])\.(\w+)", r"\1.in_layers.\2.\3"),

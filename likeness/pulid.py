@@ -159,22 +159,25 @@ def mode_of(kind: str, choice: str = AUTO) -> Mode:
 
 
 class FluxAttention(nn.Module):
-    """PuLID-FLUX's cross-attention: picture tokens [B, N, dim] read identity tokens [B, T, width] -> [B, N, dim]."""
+    """PuLID-FLUX's cross-attention, which follows a block: picture tokens [B, N, dim] read identity tokens.
 
-    def __init__(self, shapes: Shapes, operations: Any, head_width: int = 128) -> None:
+    Its forward makes keys and values [B, T, heads * head_width] of tokens [B, T, width], the same at every step.
+    """
+
+    def __init__(self, width: int, dim: int, operations: Any, heads: int = 16, head_width: int = 128) -> None:
         super().__init__()
-        (inner, dim), (_, width) = shapes["to_q.weight"], shapes["to_kv.weight"]
-        self.heads = inner // head_width
+        inner = heads * head_width
+        self.heads = heads
         self.norm1 = operations.LayerNorm(width)
         self.norm2 = operations.LayerNorm(dim)
         self.to_q = operations.Linear(dim, inner, bias=False)
         self.to_kv = operations.Linear(width, inner * 2, bias=False)
         self.to_out = operations.Linear(inner, dim, bias=False)
 
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, T, inner] of identity tokens, the same at every step."""
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
         return k, v
 
-    def forward(self, image: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def read(self, image: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What is added to the picture tokens behind the block: [B, N, dim]."""
         return self.to_out(attend(self.to_q(self.norm2(image)), k, v, self.heads))

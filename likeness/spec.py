@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
-CROPS = ("photo", "black", "head", *FACE_SIZES)
+CROPS = ("photo", "black", "head", "ffhq512", *FACE_SIZES)
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Feature:
     """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
 
     `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`; `layer` is `raw`,
-    `projected`, `penultimate`, `last`, `pooled` or `tokens`; `crop` is one of `CROPS`: the whole photo, a black picture
-    in its place, the head with a margin, or an aligned face.
+    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROPS`: the whole photo, a
+    black picture in its place, the head with a margin, or an aligned face.
     """
 
     network: str

@@ -19,7 +19,8 @@ from torch import Tensor
 RANK = 4
 
 
-def _projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+def projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a small projector that makes tokens of this width."""
     mlp = {
         "proj.0.weight": (64, 512),
         "proj.0.bias": (64,),
@@ -68,7 +69,7 @@ def tensors(kind: str, family: str = "SD1.5", seed: int = 0) -> dict[str, Tensor
     """A file's tensors under their published names."""
     generator = torch.Generator().manual_seed(seed)
     found = sites(patcher(family).model.diffusion_model)
-    shapes = {f"image_proj.{key}": shape for key, shape in _projector(kind, found[0].context).items()}
+    shapes = {f"image_proj.{key}": shape for key, shape in projector(kind, found[0].context).items()}
     for site in found:
         n = site.number
         shapes |= {f"ip_adapter.{n}.to_{part}_ip.weight": (site.hidden, site.context) for part in "kv"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.ops
 import torch
+from adapters import PULID, projector
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import detect, keymaps, omni_adapter
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
@@ -21,7 +22,7 @@ FAMILY = "FLUX.1"
 HIDDEN, DOUBLES, SINGLES = FLUX["hidden_size"], FLUX["depth"], FLUX["depth_single_blocks"]
 WIDTH, INNER = 48, 64  # of what keys read, inside the projector
 OMNI = omni_adapter.KIND
-KINDS = ("xlabs", "instantx", OMNI)
+KINDS = ("xlabs", "instantx", "pulid_flux", OMNI)
 XLABS = "double_blocks.{}.processor.ip_adapter_double_stream_{}_proj"
 
 
@@ -51,7 +52,18 @@ def _omni() -> dict[str, tuple[int, ...]]:
     return {f"layers.{name}.{part}.weight": (HIDDEN, WIDTH) for name in names for part in "kv"}
 
 
-SHAPES = {"xlabs": _xlabs, "instantx": _instantx, OMNI: _omni}
+def _pulid() -> dict[str, tuple[int, ...]]:
+    inner = 2048  # heads as in the published file, whose number no shape tells
+    layer = {
+        "norm1.weight": (WIDTH,), "norm1.bias": (WIDTH,), "norm2.weight": (HIDDEN,), "norm2.bias": (HIDDEN,),
+        "to_q.weight": (inner, HIDDEN), "to_kv.weight": (2 * inner, WIDTH), "to_out.weight": (HIDDEN, inner),
+    }  # fmt: skip
+    count = -(-DOUBLES // 2) + -(-SINGLES // 4)
+    layers = {f"pulid_ca.{n}.{key}": shape for n in range(count) for key, shape in layer.items()}
+    return {f"pulid_encoder.{key}": shape for key, shape in projector("pulid_v1_1", WIDTH).items()} | layers
+
+
+SHAPES = {"xlabs": _xlabs, "instantx": _instantx, "pulid_flux": _pulid, OMNI: _omni}
 
 
 def tensors(kind: str = OMNI, seed: int = 0) -> dict[str, Tensor]:
@@ -81,6 +93,8 @@ def person(kind: str = OMNI, faces: int = 1, seed: int = 0) -> Identity:
         return identity((detect.SIGLIP,), ((1152,),), faces, seed)
     if kind == "xlabs":
         return identity((detect.CLIP_L, detect.BLACK), ((768,), (768,)), faces, seed)
+    if kind == "pulid_flux":
+        return identity(detect.NEEDS[kind]({}), PULID, faces, seed)
     one = identity((omni_adapter.TOKENS,), ((6, WIDTH),), 1, seed)
     return type(one)(
         one.name, one.box.repeat(faces, 1), one.kps.repeat(faces, 1, 1), one.score.repeat(faces),

@@ -35,6 +35,7 @@ EXPECTED = {
     "ip-adapter-faceid-portrait_sdxl_unnorm": ("portrait_unnorm", "SDXL", 16, [BUFFALO], 0, True),
     "pulid_v1": ("pulid", "SDXL", 10, [ANTELOPE, *EVA], 0, False),
     "pulid_v1.1": ("pulid_v1_1", "SDXL", 32, [ANTELOPE, *EVA], 0, False),
+    "pulid_flux_v0.9.x": ("pulid_flux", "FLUX.1", 32, [ANTELOPE, *EVA], 0, False),
     "xlabs_flux_ip_adapter_v1": ("xlabs", "FLUX.1", 4, ["clip.vit-l-14.projected.photo"], 0, False),
     "xlabs_flux_ip_adapter_v2": ("xlabs", "FLUX.1", 16, ["clip.vit-l-14.projected.photo"], 0, False),
     "instantx_flux_ip_adapter": ("instantx", "FLUX.1", 128, ["siglip.so400m-14-384.pooled.photo"], 0, False),
@@ -64,7 +65,7 @@ def test_published_layouts_at_full_size(name: str) -> None:
         rank,
     )
     assert guess is guessed
-    assert spec.width == {"SD1.5": 768, "SDXL": 2048, "FLUX.1": 4096}[base]
+    assert spec.width == {"pulid_flux": 2048}.get(kind, {"SD1.5": 768, "SDXL": 2048, "FLUX.1": 4096}[base])
     module = detect.build(spec, renamed, comfy.ops.manual_cast)
     kept = {f"lora.{key}" for key in keymaps.under(renamed, "lora.")} | module.state_dict().keys()
     assert kept == renamed.keys()

@@ -6,7 +6,7 @@ import comfy.ops
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.likeness import curves, decoupled, detect, keymaps
+from comfyui_likeness.likeness import curves, decoupled, detect, keymaps, pulid
 from comfyui_likeness.likeness.keys_values import NormedKeysValues
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature, Identity
 from comfyui_likeness.nodes.attention import decoupled as nodes
@@ -46,13 +46,18 @@ def test_attention() -> None:
         assert_close(host_attention(query, k, v, {}), stored[f"out_s{scale}"])
 
 
-def loaded(case: Case, kind: str) -> LoadedAdapter:
-    """The case's adapter, which begins with its tokens: it has no projector."""
+def loaded(case: Case, kind: str, tokens: int) -> LoadedAdapter:
+    """The case's adapter, which begins with its tokens: its projector gives what it gets."""
     tensors = keymaps.rename(case.weights(1), keymaps.IP_ADAPTER)
-    names, layers, width = detect.flux_layers_of(detect.shapes_of(tensors), "golden")
-    needs = detect.NEEDS[kind]({})
-    spec = AdapterSpec(kind, detect.FLUX, case.config["tokens"], width, layers, needs, names=names)
-    module = decoupled.DecoupledAdapter(spec, torch.nn.Identity(), OPERATIONS)
+    names, layers, width = detect.flux_layers_of(detect.shapes_of(tensors), "golden", detect.FLUX_KINDS[kind])
+    needs = detect.NEEDS[kind]({})[:1]
+    spec = AdapterSpec(kind, detect.FLUX, tokens, width, layers, needs, names=names)
+    projector = torch.nn.Flatten(0, 1) if decoupled.KINDS[kind].sequence else torch.nn.Identity()
+    module = decoupled.DecoupledAdapter(spec, projector, OPERATIONS)
+    for name, hidden in zip(names, layers, strict=True) if "pulid_ca" in case.config else ():
+        size = case.config["pulid_ca"]
+        layer = pulid.FluxAttention(width, hidden, OPERATIONS, size["heads"], size["dim_head"])
+        module.layers[name] = layer  # of heads that no released file has
     keymaps.load(module, tensors)
     cpu = torch.device("cpu")
     return LoadedAdapter(spec, ModelPatcher(module.requires_grad_(False), cpu, cpu), {}, "golden")
@@ -80,16 +85,22 @@ def run(model: ModelPatcher, case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "scalar"), [("flux_xlabs", "xlabs", "ip_scale"), ("flux_instantx", "instantx", "scale")]
+    ("name", "kind", "tokens", "scalar", "out"),
+    [
+        ("flux_xlabs", "xlabs", "image_tokens", "ip_scale", "out_s"),
+        ("flux_instantx", "instantx", "image_tokens", "scale", "out_s"),
+        ("flux_pulid", "pulid_flux", "id_tokens", "id_weight", "out_w"),
+    ],
 )
-def test_whole_model(name: str, kind: str, scalar: str) -> None:
+def test_whole_model(name: str, kind: str, tokens: str, scalar: str, out: str) -> None:
     case = FLUXES[name]
     stored, config = case.outputs(), case.config["comfy_flux_config"]
     base = patcher("FLUX.1", case.weights(0), **config)
     assert_close(run(base, case), stored["base"])
-    adapter = loaded(case, kind)
-    person = holding(adapter.spec.needs, case.input("image_tokens"))
+    given = case.input(tokens)
+    adapter, term = loaded(case, kind, given.shape[1]), nodes.TERMS.get(kind, nodes.Decoupled)
+    person = holding(adapter.spec.needs, given)
     for scale in case.data["scalars"][scalar]:
         shares = {site: curves.Share(1.0) for site in nodes.fitting(adapter.spec, base)}
-        injection = nodes.Decoupled(adapter, person, shares, scale, "V only", 1.0, False, None, ALWAYS)
-        assert_close(run(attach(base, injection), case), stored[f"out_s{scale}"])
+        injection = term(adapter, person, shares, scale, "V only", 1.0, False, None, ALWAYS)
+        assert_close(run(attach(base, injection), case), stored[f"{out}{scale}"])

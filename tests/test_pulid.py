@@ -57,8 +57,8 @@ def test_of_further_photos_v1_reads_the_id_vector_alone() -> None:
 @pytest.mark.parametrize("name", ["attn_pulid_ca", "attn_pulid_ca_tiny"])
 def test_flux_attention(name: str) -> None:
     case = PROJECTORS[name]
-    weights = keymaps.under(case.weights(), "pulid_ca.0.")
-    module = pulid.FluxAttention(detect.shapes_of(weights), OPERATIONS, case.config["dim_head"])
-    keymaps.load(module, weights)
+    size = case.config
+    module = pulid.FluxAttention(size["kv_dim"], size["dim"], OPERATIONS, size["heads"], size["dim_head"])
+    keymaps.load(module, keymaps.under(case.weights(), "pulid_ca.0."))
     module.requires_grad_(False)
-    assert_close(module(case.input("img"), *module.project(case.input("id_tokens"))), case.outputs()["out"])
+    assert_close(module.read(case.input("img"), *module(case.input("id_tokens"))), case.outputs()["out"])

@@ -106,6 +106,23 @@ class Decoupled(Term):
         return term if self.mask is None else term * cover(self.bank, self.mask, call, options, q.shape[-2])
 
 
+class Behind(Decoupled):
+    """The same where an adapter's layer is a whole attention, which reads the stream behind a block (PuLID-FLUX)."""
+
+    def _lay_out(self, call: Call) -> Mapping[Place, Any]:
+        module: math.DecoupledAdapter = self.adapter.patcher.model
+        layers = {site.place: module.layer(site.name) for site in self.shares}
+        return {place: (layers[place], *state) for place, state in super()._lay_out(call).items()}
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        layer, k, v, _, call = state
+        term = layer.read(q, k, v)
+        return term if self.mask is None else term * cover(self.bank, self.mask, call, options, q.shape[-2])
+
+
+TERMS: Mapping[str, type[Decoupled]] = {"pulid_flux": Behind}  # by the adapter's kind; of all others, Decoupled
+
+
 def fitting(spec: AdapterSpec, model: ModelPatcher) -> Sequence[Spot]:
     """The adapter's layers in the model. Raises ValueError where it was made for another base model."""
     return FITTING[spec.base](spec, model)
@@ -220,11 +237,11 @@ class ApplyDecoupled(io.ComfyNode):
         window = Window.of(model, start_percent, end_percent)
         model = with_lora(model, adapter, found, lora_strength)
         mode, unfold = pulid.mode_of(adapter.spec.kind, pulid_mode), BATCHES[batch]
+        term = TERMS.get(adapter.spec.kind, Decoupled)
         for who in people:
             own = strength * who.strength
             model = attach(
-                model,
-                Decoupled(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window, mode),
+                model, term(adapter, who.identity, spread, own, scaling, v2_weight, unfold, who.mask, window, mode)
             )
         return io.NodeOutput(model)
 

@@ -11,18 +11,20 @@ from torch import nn
 
 from ...likeness import curves, omni_adapter
 from ...likeness.spec import AdapterSpec
-from .dit import EVERYTHING, PICTURE, QUERIED
+from .dit import EVERYTHING, PICTURE, QUERIED, STREAM
 from .injection import Place
 
 Block = tuple[str, int]
 
-# Where the terms of each kind of adapter go. Published ones have a layer for each block of these sides; of the pack's
-# own, a file may hold any.
+# Where the terms of each kind of adapter go. Published ones have a layer for each block of these sides, or for the
+# first of EVERY so many; of the pack's own, a file may hold any.
 PLACES: Mapping[str, Mapping[str, str]] = {
     "xlabs": {"double": QUERIED},
     "instantx": {"double": PICTURE, "single": EVERYTHING},
+    "pulid_flux": {"double": STREAM, "single": STREAM},
     omni_adapter.KIND: {"double": PICTURE, "single": PICTURE},
 }
+EVERY: Mapping[str, Mapping[str, int]] = {"pulid_flux": {"double": 2, "single": 4}}
 SOME = {omni_adapter.KIND}
 
 
@@ -74,8 +76,9 @@ def _block(name: str, running: list[Block]) -> Block | None:
 def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[FluxSite]:
     """The adapter's layers in the model, in running order. Raises ValueError where the model has no place for them."""
     flux = model.model.diffusion_model
-    running, places = blocks(flux), PLACES[spec.kind]
-    singles = sum(kind == "single" for kind, _ in running)
+    places, every = PLACES[spec.kind], EVERY.get(spec.kind, {})
+    running = [(side, i) for side, i in blocks(flux) if i % every.get(side, 1) == 0]
+    singles = len(flux.single_blocks)
     found = {name: _block(name, running) for name in spec.names}
     wanted = {block for block in running if block[0] in places}
     known = {block for block in found.values() if block in wanted}
@@ -83,7 +86,7 @@ def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[FluxSite]:
     if not fits or set(spec.layers) != {flux.hidden_size}:
         raise ValueError(
             f"got an adapter for FLUX.1 with {len(spec.names)} layers of width {max(spec.layers)}; expected one for "
-            f"this model, which has {len(running) - singles} double and {singles} single blocks of width "
+            f"this model, which has {len(flux.double_blocks)} double and {singles} single blocks of width "
             f"{flux.hidden_size}; load an adapter for this base model, or FLUX.1"
         )
     order = sorted(((block, name) for name, block in found.items() if block), key=lambda one: running.index(one[0]))
