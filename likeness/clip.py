@@ -18,6 +18,14 @@ ARCHITECTURES = {
     (1664, 48, 14, 224): "vit-bigg-14",
 }
 
+# The same of EVA-CLIP's towers with rotary positions; they count those in steps of a patch of 224 pixels.
+EVA = {
+    (1024, 24, 14, 224): "eva02-l-14",
+    (1024, 24, 14, 336): "eva02-l-14-336",
+}
+EVA_GRID = (16, 16)
+EVA_LEVELS = (4, 8, 12, 16, 20)  # the blocks whose inputs PuLID reads
+
 # Where the published towers do not have heads of 64: width -> width of a head.
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
@@ -33,13 +41,15 @@ LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "vit-bigg-14": {"photo": ("projected",), "head": ("projected",)},
     "vit-l-14-336": {"photo": ("penultimate",), "face336": ("penultimate",)},
+    "eva02-l-14-336": {"ffhq512": ("projected", "levels")},
 }
 OTHER_LAYERS = {"photo": ("projected", "penultimate")}
 
 
-def architecture(width: int, layers: int, patch: int, size: int) -> str:
-    """The name of a vision transformer; one that the table does not have is named by its numbers."""
-    return ARCHITECTURES.get((width, layers, patch, size), f"vit-{width}-{layers}-{patch}-{size}")
+def architecture(width: int, layers: int, patch: int, size: int, eva: bool = False) -> str:
+    """The name of a vision transformer; one that the tables do not have is named by its numbers."""
+    names, family = (EVA, "eva02") if eva else (ARCHITECTURES, "vit")
+    return names.get((width, layers, patch, size), f"{family}-{width}-{layers}-{patch}-{size}")
 
 
 def is_quick(name: str, file: str) -> bool:

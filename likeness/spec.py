@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 
 FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
-CROPS = ("photo", "head", *FACE_SIZES)
+CROPS = ("photo", "black", "head", "ffhq512", *FACE_SIZES)
 
 
 @dataclass(frozen=True)
 class Feature:
     """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
 
-    `network` is `arcface.<pack>`, `clip.<architecture>` or `omni_id`; `layer` is `raw`, `projected`, `penultimate`,
-    `last` or `tokens`; `crop` is one of `CROPS`: the whole photo, the head with a margin, or an aligned face.
+    `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`; `layer` is `raw`,
+    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROPS`: the whole photo, a
+    black picture in its place, the head with a margin, or an aligned face.
     """
 
     network: str
@@ -175,7 +176,9 @@ class AdapterSpec:
     `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
     and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
     `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA; `unconditional`
-    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`.
+    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`; `as_text` whether tokens
+    are as wide as a UNet's text; `names` are those of FLUX's layers in the file: "double_blocks.0", "single_blocks.3",
+    or "7", counted through all blocks.
     """
 
     kind: str
@@ -186,3 +189,5 @@ class AdapterSpec:
     needs: tuple[Feature, ...]
     lora_rank: int = 0
     unconditional: str = "zero"
+    as_text: bool = True
+    names: tuple[str, ...] = ()

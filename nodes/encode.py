@@ -16,7 +16,7 @@ from torch import Tensor
 from ..likeness import clip, draw, faces
 from ..likeness import omni_id as omni_math
 from ..likeness.identity import cosine_matrix, outliers
-from ..likeness.spec import FACE_SIZES, Face, Feature, Identity
+from ..likeness.spec import Face, Feature, Identity
 from . import types
 from .photos import Choice, Taken, split, take_all
 
@@ -90,7 +90,8 @@ def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder
         for layer in layers:
             key = Feature(f"clip.{encoder.architecture}", layer, crop).id(sha256)
             out.embeddings[key] = torch.cat([one[layer] for one in made]).half().cpu()
-            out.zeros[key] = zero[layer].half().cpu()
+            if layer in zero:
+                out.zeros[key] = zero[layer].half().cpu()
             out.hashes[key] = sha256
     return out
 
@@ -121,7 +122,7 @@ def cut(taken: Sequence[Taken], heads: Tensor, crop: str) -> list[Tensor]:
         return [one.photo for one in taken]
     if crop == "head":
         return list(heads.float() / 255)
-    return [faces.align(one.photo, one.face.kps, FACE_SIZES[crop]) for one in taken]
+    return [faces.CUTS[crop](one.photo, one.face.kps) for one in taken]
 
 
 def batches(pictures: Sequence[Tensor]) -> list[Tensor]:
@@ -214,11 +215,11 @@ class EncodeIdentity(io.ComfyNode):
                 ),
                 types.FaceAnalyzer.Input(
                     "face_analyzer", optional=True,
-                    tooltip="Finds the faces and makes the vectors of FaceID and InstantID.",
+                    tooltip="Finds the faces and makes the vectors of FaceID, InstantID and PuLID.",
                 ),
                 io.MultiType.Input(
                     "image_encoder", [types.ImageEncoder, io.ClipVision], optional=True,
-                    tooltip="Load CLIP Vision or Load Image Encoder: features for IP-Adapter, Plus and FaceID-Plus.",
+                    tooltip="Load CLIP Vision or Load Image Encoder: for IP-Adapter, Plus, FaceID-Plus and PuLID.",
                 ),
                 io.Int.Input(
                     "nth", default=1, min=1, max=100, optional=True, advanced=True,

@@ -123,7 +123,8 @@ class Encoder(Protocol):
 
     `encode` takes [n, H, W, 3] in 0..1 and gives `projected` [n, E], the pooled embedding; `penultimate` [n, T, W],
     the last block's input, and `last` [n, T, W], its output; both without the post LayerNorm, class token first.
-    `zero` gives the same layers, n = 1, for a picture that is zero after normalisation: mid-grey.
+    EVA-CLIP gives `levels` [n, 5, T, W], too: what PuLID reads. `zero` gives the same layers, n = 1, for a picture that
+    is zero after normalisation: mid-grey; it leaves out those in whose place no face is 0.
     """
 
     @property

@@ -81,7 +81,7 @@ def encoder(
 ) -> omni_id.OmniID:
     """The module under plain torch, as training has it."""
     weights = omni_id.fitted(tensors(spec) if given is None else given, spec)
-    trunk = towers.build(keymaps.under(weights, "trunk."), "a file", "a trunk", spec.activation).module
+    trunk = towers.tower_of(keymaps.under(weights, "trunk."), "a file", spec.activation).module
     module = omni_id.build(spec, weights, trunk, torch.nn, attention)
     return module.eval().requires_grad_(False)
 

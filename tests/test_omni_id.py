@@ -306,11 +306,11 @@ def test_the_papers_encoder_on_open_clips_own_vit_h() -> None:
         whole = omni_id.OmniID(spec, trunk, torch.nn, omnis.attention)
     given = whole.state_dict()
     assert omni_id.read_spec(given, omnis.told(spec), "a file") == spec
-    tower = towers.build(keymaps.under(given, "trunk."), "a file", "a trunk", spec.activation)
+    tower = towers.tower_of(keymaps.under(given, "trunk."), "a file", spec.activation)
     module = omni_id.build(spec, given, tower.module, torch.nn, omnis.attention)
     mine: Any = tower.module
     heads = [block.attn.num_heads for tower in (mine, trunk) for block in tower.transformer.resblocks]
-    assert tower.name == "vit-h-14" and set(heads) == {16} and len(heads) == 64
+    assert tower.architecture == "vit-h-14" and set(heads) == {16} and len(heads) == 64
     parts = {name: sum(w.numel() for w in part.parameters()) // 10**6 for name, part in module.named_children()}
     assert parts == {"trunk": 632, "cross": 39, "self": 39, "norm": 0}
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces, standin_flashface, standin_omni_id
+from . import standin_faces, standin_flashface, standin_omni_id, standin_pulid
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -182,17 +182,26 @@ def clip_vision_h() -> dict[str, Tensor]:
     )
 
 
+def layout_of(name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a published file."""
+    return {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{name}.json").read_text()).items()}
+
+
 def adapter(layout: str, width: int | None = WIDTH) -> dict[str, Tensor]:
     """A published adapter file from seeds, dotted names; its layers `width` wide, or as published where None."""
-    shapes = {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{layout}.json").read_text()).items()}
+    shapes = layout_of(layout)
     return fill(shapes if width is None else {key: narrowed(key, shape, width) for key, shape in shapes.items()})
 
 
 def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
     """A shape with the hidden widths of SD1.5 and SDXL replaced; the text's and the projector's stay."""
-    if not key.startswith("ip_adapter."):
+    if not key.startswith(("ip_adapter.", "id_adapter_attn_layers.")):
         return shape
     return tuple(width if size in (320, 640, 1280) else size for size in shape)
+
+
+def eva_clip() -> dict[str, Tensor]:
+    return fill(standin_pulid.eva_clip())
 
 
 def infinite_id(base: dict[str, Any], attentions: int) -> dict[str, Tensor]:
@@ -257,6 +266,8 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "instantid/diffusion_pytorch_model.safetensors": ("controlnet", partial(controlnet, SDXL)),
     "control_v11f1p_sd15_depth_fp16.safetensors": ("controlnet", partial(controlnet, SD15)),
     "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
+    "EVA02_CLIP_L_336_psz14_s6B.pt": ("clip_vision", eva_clip),
+    "pulid_v1.1.safetensors": ("pulid", partial(adapter, "pulid_v1.1")),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
     "omni_id_vit_h.safetensors": ("likeness", omni_id),

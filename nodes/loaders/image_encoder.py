@@ -1,4 +1,4 @@
-"""Load Image Encoder: the vision tower of an OpenCLIP checkpoint, through open_clip_torch."""
+"""Load Image Encoder: the vision tower of an OpenCLIP or EVA-CLIP checkpoint, through open_clip_torch."""
 
 from __future__ import annotations
 
@@ -14,55 +14,53 @@ from torch import Tensor
 
 from ...likeness import keymaps
 from .. import types
-from . import care, files, towers
+from . import care, files
+from .towers import Layers, Tower, tower_of
 
-Layers = dict[str, Tensor]
 ACTIVATIONS = ("auto", "gelu", "quick_gelu")
-EXPECTED = (
-    "an OpenCLIP checkpoint with visual.* weights of a vision transformer; files in the transformers layout are for "
-    "ComfyUI's own Load CLIP Vision"
-)
 
 
 @dataclass(frozen=True, eq=False)
 class OpenClipEncoder:
-    """The vision tower of an OpenCLIP checkpoint, under the host's care."""
+    """The vision tower of an OpenCLIP or EVA-CLIP checkpoint, under the host's care."""
 
-    architecture: str
+    tower: Tower
     sha256: str
     patcher: ModelPatcher
-    size: int
+
+    @property
+    def architecture(self) -> str:
+        return self.tower.architecture
 
     def encode(self, pictures: Tensor) -> Layers:
-        return self._run(clip_preprocess(pictures[..., :3].to(self.patcher.load_device), size=self.size))
+        return self._run(clip_preprocess(pictures[..., :3].to(self.patcher.load_device), size=self.tower.size))
 
     def zero(self) -> Layers:
-        return self._run(torch.zeros(1, 3, self.size, self.size, device=self.patcher.load_device))
+        size = self.tower.size
+        return self._run(torch.zeros(1, 3, size, size, device=self.patcher.load_device)) if self.tower.zero else {}
 
     def _run(self, pixels: Tensor) -> Layers:
         comfy.model_management.load_model_gpu(self.patcher)
-        tower: Any = self.patcher.model
-        out = tower.forward_intermediates(
-            pixels.to(tower.conv1.weight.dtype), indices=2, output_fmt="NLC", output_extra_tokens=True
-        )
-        patches, heads = out["image_intermediates"], out["image_intermediates_prefix"]
-        penultimate, last = (torch.cat(pair, dim=1) for pair in zip(heads, patches, strict=True))
+        network: Any = self.patcher.model
+        made = self.tower.run(network, pixels.to(next(network.parameters()).dtype))
         device = comfy.model_management.intermediate_device()
-        made = {"projected": out["image_features"], "penultimate": penultimate, "last": last}
         return {name: value.float().to(device) for name, value in made.items()}
 
 
 def load(file: str, activation: str = "auto") -> OpenClipEncoder:
-    """The vision tower of an OpenCLIP checkpoint, its architecture read from the weights. Raises ValueError."""
+    """The vision tower of an OpenCLIP or EVA-CLIP checkpoint, its architecture read from the weights.
+
+    Raises ValueError.
+    """
     path = files.find(file, "clip_vision")
     tensors = files.read(path)
     weights = keymaps.under(tensors, "visual.") or keymaps.under(tensors, "module.visual.")
-    tower = towers.build(weights, file, EXPECTED, activation)
+    tower = tower_of(weights, path.name, activation)
     try:
-        keymaps.load(tower.module, weights)
+        keymaps.load(tower.module, tower.weights)
     except ValueError as error:
         raise ValueError(f"got {file}: {error}") from error
-    return OpenClipEncoder(tower.name, files.sha256(path), care.encoder_of(tower.module), tower.size)
+    return OpenClipEncoder(tower, files.sha256(path), care.encoder_of(tower.module))
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -72,14 +70,14 @@ class LoadImageEncoder(io.ComfyNode):
             node_id="LikenessLoadImageEncoder",
             display_name="Load Image Encoder (OpenCLIP)",
             category="likeness/loaders",
-            description="Loads the image half of an OpenCLIP checkpoint (visual.* weights), which ComfyUI's own "
-            "Load CLIP Vision may not know. The architecture is read from the weights.",
-            search_aliases=["clip vision", "open_clip"],
+            description="Loads the image half of an OpenCLIP or EVA-CLIP checkpoint (visual.* weights), which "
+            "ComfyUI's own Load CLIP Vision may not know. The architecture is read from the weights.",
+            search_aliases=["clip vision", "open_clip", "eva clip", "pulid"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names("clip_vision"),
-                    tooltip="OpenCLIP checkpoint in models/clip_vision (.safetensors, .bin or .pt).",
+                    tooltip="OpenCLIP or EVA-CLIP checkpoint in models/clip_vision (.safetensors, .bin or .pt).",
                 ),
                 io.Combo.Input(
                     "activation",

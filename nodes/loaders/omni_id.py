@@ -64,7 +64,7 @@ def load(file: str) -> OmniIDEncoder:
         )
     spec = math.read_spec(tensors, told, file)
     tensors = math.fitted(tensors, spec)
-    tower = towers.build(keymaps.under(tensors, "trunk."), file, EXPECTED, spec.activation)
+    tower = towers.tower_of(keymaps.under(tensors, "trunk."), file, spec.activation, EXPECTED)
     try:
         module = math.build(spec, tensors, tower.module, comfy.ops.manual_cast, attention)
     except ValueError as error:
