@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import fluxes
 import omnis
 import pytest
 import torch
@@ -28,6 +29,7 @@ from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
 from comfyui_likeness.nodes.loaders.omni_id import LoadOmniID, OmniIDEncoder
 from comfyui_likeness.tools import standins
 from golden import assert_close
+from models import close, patcher, sample
 from portraits import couple, portrait, stranger
 from safetensors.torch import save_file
 from test_adapter_loader import mutated
@@ -134,6 +136,22 @@ def test_a_saved_identity_needs_no_photos(analyzer: FaceAnalyzer, omni: OmniIDEn
     identity_file.save(identity, tmp_path / "a.safetensors", include_crops=False)
     loaded = identity_file.load(tmp_path / "a.safetensors")
     assert loaded.crop is None and torch.equal(tokens(loaded), tokens(identity)) and loaded.hashes == identity.hashes
+
+
+def test_the_tokens_of_a_saved_identity_paint(analyzer: FaceAnalyzer, folder: Path, tmp_path: Path) -> None:
+    spec = replace(omnis.SPEC, tokens=6, width=fluxes.WIDTH, heads=6)
+    omni, base = loader.load(omnis.write(folder / "likeness" / "flux.safetensors", spec).name), patcher(fluxes.FAMILY)
+
+    def painted(*photos: Tensor) -> Tensor:
+        identity = run(*photos, face_analyzer=analyzer, omni_id=omni)[0]
+        identity_file.save(identity, tmp_path / "a.safetensors", include_crops=False)
+        model = fluxes.applied(base, who=identity_file.load(tmp_path / "a.safetensors"))
+        return sample(model, fluxes.FAMILY, cfg=1.0, scheduler="simple")
+
+    both = painted(portrait(), stranger())
+    assert close(painted(stranger(), portrait(), stranger()), both, 1e-3)
+    for other in (painted(portrait()), sample(base, fluxes.FAMILY, cfg=1.0, scheduler="simple")):
+        assert not close(other, both, 1e-2)
 
 
 def test_a_merge_can_encode_all_stored_faces_together(analyzer: FaceAnalyzer, omni: OmniIDEncoder) -> None:
