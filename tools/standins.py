@@ -204,6 +204,12 @@ def eva_clip() -> dict[str, Tensor]:
     return fill(standin_pulid.eva_clip())
 
 
+def pulid_flux(base: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PuLID-FLUX for a FLUX of this configuration."""
+    sizes = base["hidden_size"], base["depth"], base["depth_single_blocks"]
+    return fill(standin_pulid.for_flux(layout_of("pulid_flux_v0.9.x"), *sizes))
+
+
 def infinite_id(base: dict[str, Any], attentions: int) -> dict[str, Tensor]:
     """An Infinite-ID adapter that fits a stand-in, in the pack's own layout."""
     width, hidden, tokens = base["context_dim"], 1280, 4
