@@ -83,13 +83,14 @@ class LoadImageEncoder(io.ComfyNode):
             display_name="Load Image Encoder (OpenCLIP)",
             category="likeness/loaders",
             description="Loads the image half of an OpenCLIP or EVA-CLIP checkpoint (visual.* weights), which "
-            "ComfyUI's own Load CLIP Vision may not know. The architecture is read from the weights.",
-            search_aliases=["clip vision", "open_clip", "eva clip", "pulid"],
+            "ComfyUI's own Load CLIP Vision may not know, or SigLIP's with its pooling head. The architecture is read "
+            "from the weights.",
+            search_aliases=["clip vision", "open_clip", "eva clip", "siglip", "pulid"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names("clip_vision"),
-                    tooltip="OpenCLIP or EVA-CLIP checkpoint in models/clip_vision (.safetensors, .bin or .pt).",
+                    tooltip="OpenCLIP, EVA-CLIP or SigLIP file in models/clip_vision (.safetensors, .bin or .pt).",
                 ),
                 io.Combo.Input(
                     "activation",
