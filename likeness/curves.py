@@ -1,13 +1,15 @@
 """Weight over layers: the fifteen weight types artists know, and free strings such as "3:1.2, 6:0".
 
 A layer is a transformer, counted in the order in which the UNet runs: input blocks, middle, output blocks. SD1.5 has
-16 (0-5, 6, 7-15), SDXL 11 (0-3, 4, 5-10).
+16 (0-5, 6, 7-15), SDXL 11 (0-3, 4, 5-10). In FLUX it is one of the adapter's own, double blocks before single ones: the
+double blocks count as input, the first half of the single ones as middle, the others as output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Layer:
     number: int
     count: int
     side: str  # input, middle or output
-    base: str  # SD1.5 or SDXL
+    base: str  # SD1.5, SDXL or FLUX.1
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,26 @@ def _weak(*sides: str) -> Callable[[Layer], Share]:
     return lambda layer: Share(WEAK if layer.side in sides else 1.0)
 
 
+def _known(layers: Mapping[str, Any], layer: Layer) -> Any:
+    """The base model's row of a table. Raises ValueError where nobody has found which of its layers do what."""
+    if layer.base not in layers:
+        raise ValueError(
+            f"got layer_weights by style or composition for {layer.base}; expected them for {' or '.join(layers)}, of "
+            "which it is known what each layer does; choose linear, an ease or a weak one, or name layers"
+        )
+    return layers[layer.base]
+
+
 def _style(layer: Layer) -> Share:
-    return Share(float(layer.number in STYLE[layer.base]))
+    return Share(float(layer.number in _known(STYLE, layer)))
 
 
 def _composition(layer: Layer) -> Share:
-    return Share(COMPOSITION[layer.base].get(layer.number, 0.0))
+    return Share(_known(COMPOSITION, layer).get(layer.number, 0.0))
 
 
 def _strong_style(layer: Layer) -> Share:
-    return Share(float(layer.number not in COMPOSITION[layer.base]))
+    return Share(float(layer.number not in _known(COMPOSITION, layer)))
 
 
 def _style_and_composition(layer: Layer) -> Share:
@@ -60,13 +72,13 @@ def _style_and_composition(layer: Layer) -> Share:
 
 
 def _style_precise(layer: Layer) -> Share:
-    return Share(1.0, away=layer.number in COMPOSITION[layer.base])
+    return Share(1.0, away=layer.number in _known(COMPOSITION, layer))
 
 
 def _composition_precise(layer: Layer) -> Share:
-    if layer.number in COMPOSITION[layer.base]:
+    if layer.number in _known(COMPOSITION, layer):
         return _composition(layer)
-    return Share(1.0 if layer.number in STYLE[layer.base] else 0.1, away=True)
+    return Share(1.0 if layer.number in _known(STYLE, layer) else 0.1, away=True)
 
 
 LAYER_WEIGHTS: Mapping[str, Callable[[Layer], Share]] = {

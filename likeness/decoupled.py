@@ -1,24 +1,28 @@
-"""IP-Adapter (arXiv 2308.06721) with FaceID, Portrait and InstantID (2401.07519): a second, decoupled cross-attention.
+"""IP-Adapter (arXiv 2308.06721), FaceID, Portrait, InstantID (2401.07519), PuLID: a second, decoupled cross-attention.
 
     Z = Attention(Q, K, V) + strength * Attention(Q, K', V'),   K' = t W'_k,  V' = t W'_v         (Eq. 5)
 
-Here are the projectors, which make the tokens t of an identity's embeddings, and the keys and values K', V'.
+Here are the projectors, which make the tokens t of an identity's embeddings, and whole adapters. In FLUX.1 they stand
+beside the joint attention of pictures and text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from . import pulid
+from .keys_values import BiasedKeysValues, KeysValues, NormedKeysValues
 from .resampler import Perceiver, Resampler, Shapes
 from .spec import AdapterSpec, Feature, Identity, parse_encoder_id
 
-REFERENCE_WIDTH = 1280  # the "C penalty" is relative to the widest layers of SD1.5 and SDXL
+# The "C penalty" is relative to the widest layers of the base model.
+WIDEST = {"SD1.5": 1280, "SDXL": 1280, "FLUX.1": 3072}
 
 
 class ImageProjection(nn.Module):
@@ -126,13 +130,57 @@ class InfiniteProjection(nn.Module):
         return torch.cat((self.clip(hidden), self.face(face)), dim=1)
 
 
+class OmniProjection(nn.Module):
+    """Omni-ID tokens [n, T, E] -> [n, T, width]; adapters without one read the tokens as they are."""
+
+    def __init__(self, features: int, width: int, operations: Any) -> None:
+        super().__init__()
+        self.proj = operations.Linear(features, width)
+        self.norm = operations.LayerNorm(width)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, operations: Any) -> nn.Module:
+        if not shapes:
+            return nn.Identity()
+        width, features = shapes["proj.weight"]
+        return cls(features, width, operations)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.proj(tokens))
+
+
+def _zero(identity: Identity, feature: Feature, rows: Tensor) -> Tensor:
+    return torch.zeros_like(rows)
+
+
+def _grey(identity: Identity, feature: Feature, rows: Tensor) -> Tensor:
+    """What the network gave for the zero picture; of a face's vector, zero."""
+    if feature.network.startswith("arcface."):
+        return torch.zeros_like(rows)
+    return identity.zeros[need(identity, feature)].float().expand_as(rows)
+
+
+def _black(identity: Identity, feature: Feature, rows: Tensor) -> Tensor:
+    return held(identity, replace(feature, crop="black"))[0]
+
+
+def _same(identity: Identity, feature: Feature, rows: Tensor) -> Tensor:
+    return rows
+
+
+# What the negative prompt's rows get in place of a feature's rows.
+BLANKS: Mapping[str, Callable[[Identity, Feature, Tensor], Tensor]] = {
+    "zero": _zero, "grey": _grey, "black": _black, "same": _same,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kind:
     """How one kind of adapter makes tokens: its projector, and what becomes of the features it reads.
 
     `unit` normalises ArcFace vectors; `sequence` reads all faces as one sequence and makes one set of tokens of them;
-    `shortcut` is PlusV2's; `grey` takes the stored output for the zero picture as the unconditional CLIP feature
-    instead of zeros.
+    `shortcut` is PlusV2's; `blank` names what stands for the features without the identity (BLANKS); `layer` makes keys
+    and values of the tokens.
     """
 
     title: str
@@ -140,49 +188,53 @@ class Kind:
     unit: bool = False
     sequence: bool = False
     shortcut: bool = False
-    grey: bool = False
+    blank: str = "zero"
+    layer: Callable[[int, int, Any], nn.Module] = KeysValues
 
 
 KINDS: dict[str, Kind] = {
     "image": Kind("IP-Adapter", ImageProjection.from_shapes),
-    "plus": Kind("IP-Adapter Plus", Resampler.from_shapes, grey=True),
-    "plus_face": Kind("IP-Adapter Plus-Face", Resampler.from_shapes, grey=True),
-    "full_face": Kind("IP-Adapter Full-Face", FullFaceProjection.from_shapes, grey=True),
+    "plus": Kind("IP-Adapter Plus", Resampler.from_shapes, blank="grey"),
+    "plus_face": Kind("IP-Adapter Plus-Face", Resampler.from_shapes, blank="grey"),
+    "full_face": Kind("IP-Adapter Full-Face", FullFaceProjection.from_shapes, blank="grey"),
     "faceid": Kind("FaceID", FaceProjection.from_shapes, unit=True),
-    "faceid_plus": Kind("FaceID-Plus", FacePlusProjection.from_shapes, unit=True, grey=True),
-    "faceid_plus_v2": Kind("FaceID-PlusV2", FacePlusProjection.from_shapes, unit=True, grey=True, shortcut=True),
+    "faceid_plus": Kind("FaceID-Plus", FacePlusProjection.from_shapes, unit=True, blank="grey"),
+    "faceid_plus_v2": Kind("FaceID-PlusV2", FacePlusProjection.from_shapes, unit=True, blank="grey", shortcut=True),
     "portrait": Kind("FaceID-Portrait", FaceProjection.from_shapes, unit=True),
     "portrait_unnorm": Kind("FaceID-Portrait (unnorm)", Resampler.from_shapes, sequence=True),
     "instantid": Kind("InstantID", Resampler.from_shapes, sequence=True),
+    "pulid": Kind("PuLID v1", pulid.IDEncoder, sequence=True),
+    "pulid_v1_1": Kind("PuLID v1.1", pulid.IDFormer, sequence=True),
+    "pulid_flux": Kind("PuLID-FLUX", pulid.IDFormer, sequence=True, layer=pulid.FluxAttention),
+    "xlabs": Kind("XLabs FLUX IP-Adapter", ImageProjection.from_shapes, blank="black", layer=BiasedKeysValues),
+    "instantx": Kind("InstantX FLUX IP-Adapter", FaceProjection.from_shapes, blank="same", layer=NormedKeysValues),
+    "omni_id_adapter": Kind("Omni-ID", OmniProjection.from_shapes),
     "infinite_id": Kind("Infinite-ID", InfiniteProjection.from_shapes, unit=True),
 }
 
 
-class KeysValues(nn.Module):
-    """W'_k and W'_v of one cross-attention: [., width] -> [., hidden]."""
-
-    def __init__(self, width: int, hidden: int, operations: Any) -> None:
-        super().__init__()
-        self.k = operations.Linear(width, hidden, bias=False)
-        self.v = operations.Linear(width, hidden, bias=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return self.k(tokens), self.v(tokens)
-
-
 class DecoupledAdapter(nn.Module):
-    """A whole adapter file: the projector, and keys and values per cross-attention under the file's own numbers."""
+    """A whole adapter file: the projector, and keys and values per attention under the file's own names."""
 
     def __init__(self, spec: AdapterSpec, projector: nn.Module, operations: Any) -> None:
         super().__init__()
         self.projector = projector
-        self.layers = nn.ModuleDict(
-            {str(2 * i + 1): KeysValues(spec.width, hidden, operations) for i, hidden in enumerate(spec.layers)}
-        )
+        self.layers = nn.ModuleDict()
+        names = spec.names or [str(2 * i + 1) for i in range(len(spec.layers))]
+        for name, hidden in zip(names, spec.layers, strict=True):
+            side, _, number = name.rpartition(".")
+            if side and side not in self.layers:
+                self.layers[side] = nn.ModuleDict()
+            home = self.layers.get_submodule(side)
+            home.add_module(number, KINDS[spec.kind].layer(spec.width, hidden, operations))
 
-    def project(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """K' and V' [n, T, hidden] of the cross-attention with the file's number `layer`."""
-        return self.layers[str(layer)](tokens)
+    def project(self, layer: int | str, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """K' and V' [n, T, hidden] of the attention with the file's number or name `layer`."""
+        return self.layer(layer)(tokens)
+
+    def layer(self, name: int | str) -> nn.Module:
+        """What makes these of tokens."""
+        return self.layers.get_submodule(str(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,38 +251,51 @@ class Tokens:
 
 def need(identity: Identity, feature: Feature) -> str:
     """The encoder id of a feature that an adapter needs. Raises ValueError saying which node gives it."""
-    key = identity.find(feature)
+    key = identity.find(feature) or identity.find_joint(feature)
     if key is not None:
         return key
     loader = {
         "arcface": "Load Face Analyzer with the model pack",
-        "clip": "an image encoder (Load CLIP Vision) of the architecture",
+        "clip": "an image encoder (Load CLIP Vision; for EVA-CLIP, Load Image Encoder) of the architecture",
+        "siglip": "an image encoder (Load Image Encoder) of SigLIP",
+        "omni_id": "Load Omni-ID Encoder",
     }
     family, _, which = feature.network.partition(".")
-    have = ", ".join(sorted({str(parse_encoder_id(key)[0]) for key in identity.embeddings})) or "no embedding at all"
+    keys = (*identity.embeddings, *identity.joint)
+    have = ", ".join(sorted({str(parse_encoder_id(key)[0]) for key in keys})) or "no embedding at all"
     raise ValueError(
         f"identity {identity.name!r} holds {have}; this adapter needs {feature}; "
-        f"connect {loader.get(family, family)} {which} to Encode Identity and encode the photos again"
+        f"connect {f'{loader.get(family, family)} {which}'.strip()} to Encode Identity and encode the photos again"
     )
 
 
-def features(spec: AdapterSpec, identity: Identity) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """What the projector reads: conditional and unconditional features, one row per face, and the faces' weights.
+def held(identity: Identity, feature: Feature) -> tuple[Tensor, Tensor]:
+    """A feature in float32 and the weight of each of its rows: one row per face, or one for all faces together.
 
-    Faces of weight 0 are left out, as if absent. Raises ValueError where the identity lacks a feature.
+    Faces of weight 0 are left out, as if absent. Raises ValueError where the identity lacks the feature.
+    """
+    key = need(identity, feature)
+    if key in identity.joint:
+        return identity.joint[key].float(), torch.ones(1)
+    keep = identity.weight > 0
+    return identity.embeddings[key][keep].float(), identity.weight[keep].float()
+
+
+def features(spec: AdapterSpec, identity: Identity) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """What the projector reads: conditional and unconditional features, and the weights of their rows (see `held`).
+
+    Raises ValueError where the identity lacks a feature.
     """
     kind = KINDS[spec.kind]
-    keep = identity.weight > 0
     cond: list[Tensor] = []
     uncond: list[Tensor] = []
+    weight = torch.ones(0)
     for feature in spec.needs:
-        key = need(identity, feature)
-        rows = identity.embeddings[key][keep].float()
+        rows, weight = held(identity, feature)
         face = feature.network.startswith("arcface.")
         cond.append(normalize(rows, dim=-1) if face and kind.unit else rows)
-        zero = identity.zeros[key].float().expand_as(rows) if kind.grey and not face else torch.zeros_like(rows)
-        uncond.append(zero)
-    return cond, uncond, identity.weight[keep].float()
+        uncond.append(BLANKS[kind.blank](identity, feature, rows))
+    return cond, uncond, weight
 
 
 def tokens(
@@ -260,7 +325,8 @@ def tokens(
         return adapter.projector(*rows, **extra)
 
     made = run(cond)
-    return Tokens(made, run(uncond), weight if len(made) == len(weight) else weight.mean()[None])
+    blank = made if kind.blank == "same" else run(uncond)
+    return Tokens(made, blank, weight if len(made) == len(weight) else weight.mean()[None])
 
 
 def key_bias(tokens: Tokens, device: torch.device) -> Tensor | None:
@@ -284,29 +350,30 @@ def rows(cond: Tensor, uncond: Tensor, conditional: tuple[bool, ...], count: int
             chunks += [faces[min(i, len(faces) - 1)][None] for i in range(count)]
         else:
             chunks.append(faces.flatten(0, 1)[None].expand(count, -1, -1))
-    return torch.cat(chunks)
+    return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
 
-def _v_only(k: Tensor, v: Tensor, w: float, _c: int) -> tuple[Tensor, Tensor]:
+def _v_only(k: Tensor, v: Tensor, w: float, _c: float) -> tuple[Tensor, Tensor]:
     return k, v * w
 
 
-def _k_and_v(k: Tensor, v: Tensor, w: float, _c: int) -> tuple[Tensor, Tensor]:
+def _k_and_v(k: Tensor, v: Tensor, w: float, _c: float) -> tuple[Tensor, Tensor]:
     return k * w, v * w
 
 
-def _k_and_v_penalised(k: Tensor, v: Tensor, w: float, c: int) -> tuple[Tensor, Tensor]:
-    return _k_and_v(k, v, w * c / REFERENCE_WIDTH, c)
+def _k_and_v_penalised(k: Tensor, v: Tensor, w: float, c: float) -> tuple[Tensor, Tensor]:
+    return _k_and_v(k, v, w * c, c)
 
 
-def _k_and_mean_v_penalised(k: Tensor, v: Tensor, w: float, c: int) -> tuple[Tensor, Tensor]:
-    w = w * c / REFERENCE_WIDTH
+def _k_and_mean_v_penalised(k: Tensor, v: Tensor, w: float, c: float) -> tuple[Tensor, Tensor]:
+    w = w * c
     mean = v.mean(dim=1, keepdim=True)
     return k * w, v - mean + w * mean
 
 
-# How strength w enters a layer of c channels. Keys and values are fixed per run, so all of it is done once.
-SCALINGS: Mapping[str, Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]] = {
+# How strength w enters a layer that is c times as wide as the base model's widest. Keys and values are fixed per run,
+# so all of it is done once.
+SCALINGS: Mapping[str, Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]] = {
     "V only": _v_only,
     "K+V": _k_and_v,
     "K+V w/ C penalty": _k_and_v_penalised,

@@ -10,17 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import keymaps
+from . import keymaps, pulid
 from .decoupled import KINDS, DecoupledAdapter
 from .resampler import Shapes
 from .spec import AdapterSpec, Feature
 
 BASES = {16: "SD1.5", 70: "SDXL"}  # by the number of cross-attentions
+FLUX = "FLUX.1"
+KEYS = ("k.weight", "k.weight")
+# Kinds for FLUX -> of a layer, the matrix that gives the model's width, and the one that reads the tokens.
+FLUX_KINDS = {"xlabs": KEYS, "instantx": KEYS, "pulid_flux": ("to_out.weight", "to_kv.weight")}
 
 FACE = Feature("arcface.buffalo_l", "raw", "face112")
 FACE_ANTELOPE = Feature("arcface.antelopev2", "raw", "face112")
 CLIP = {1024: "clip.vit-h-14", 1280: "clip.vit-bigg-14"}  # by the width of the projected embedding
 HIDDEN_NETWORK = "clip.vit-h-14"
+CLIP_L, BLACK = (Feature("clip.vit-l-14", "projected", crop) for crop in ("photo", "black"))
+SIGLIP = Feature("siglip.so400m-14-384", "pooled", "photo")
+EVA = tuple(Feature("clip.eva02-l-14-336", layer, "ffhq512") for layer in ("projected", "levels"))
 
 
 def _hidden(crop: str) -> tuple[Feature, ...]:
@@ -49,6 +56,10 @@ def _image_tokens(shapes: Shapes) -> int:
     return shapes["projector.proj.weight"][0] // shapes["projector.norm.weight"][0]
 
 
+def _id_tokens(shapes: Shapes) -> int:
+    return shapes["projector.body.6.weight"][0] // shapes["projector.mapping_0.6.weight"][0] + pulid.LEVELS
+
+
 def _reads(width: int) -> Callable[[Shapes], bool]:
     return lambda shapes: shapes["projector.proj_in.weight"][1] == width
 
@@ -58,14 +69,21 @@ _MLP_PLUS = (*_MLP, "projector.perceiver_resampler.proj_in.weight")
 _FULL = ("projector.proj.0.weight", "projector.proj.2.weight", "projector.proj.3.weight")
 _RESAMPLER = ("projector.latents", "projector.proj_in.weight", "projector.proj_out.weight")
 _IMAGE = ("projector.proj.weight", "projector.norm.weight")
+_ID_ENCODER = ("projector.body.6.weight", "projector.mapping_0.6.weight", "projector.mapping_patch_0.0.weight")
+_ID_FORMER = ("projector.latents", "projector.proj_out", "projector.id_embedding_mapping.6.weight")
 
 # Specific before broad: the first row that fits decides.
 SIGNATURES: tuple[Signature, ...] = (
     Signature("kolors_faceid_plus", _MLP_PLUS, _rows_per_width, lambda s: s["projector.norm.weight"][0] == 4096),
     Signature("faceid_plus", _MLP_PLUS, _rows_per_width),
     Signature("full_face", _FULL, lambda s: 257),
+    Signature("instantx", (*_MLP, "layers.0.k.weight"), _rows_per_width),
+    Signature("xlabs", (*_IMAGE, "layers.double_blocks.0.k.weight", "layers.double_blocks.0.k.bias"), _image_tokens),
     Signature("faceid", (*_MLP, "lora.0.q.down"), _rows_per_width),
     Signature("portrait", _MLP, _rows_per_width),
+    Signature("pulid", _ID_ENCODER, _id_tokens),
+    Signature("pulid_flux", (*_ID_FORMER, "layers.0.to_kv.weight"), _latents),
+    Signature("pulid_v1_1", (*_ID_FORMER, "layers.1.k.weight"), _latents),
     Signature("instantid", _RESAMPLER, _latents, _reads(512)),
     Signature("kolors_plus", _RESAMPLER, _latents, _reads(1024)),
     Signature("plus", _RESAMPLER, _latents, _reads(1280)),
@@ -95,6 +113,11 @@ NEEDS: dict[str, Callable[[Shapes], tuple[Feature, ...]]] = {
     "portrait": lambda s: (FACE,),
     "portrait_unnorm": lambda s: (FACE,),
     "instantid": lambda s: (FACE_ANTELOPE,),
+    "instantx": lambda s: (SIGLIP,),
+    "xlabs": lambda s: (CLIP_L,),
+    "pulid": lambda s: (FACE_ANTELOPE, *EVA),
+    "pulid_v1_1": lambda s: (FACE_ANTELOPE, *EVA),
+    "pulid_flux": lambda s: (FACE_ANTELOPE, *EVA),
 }
 
 
@@ -143,19 +166,46 @@ def layers_of(shapes: Shapes, file: str) -> tuple[tuple[int, ...], int]:
     return tuple(shape[0] for shape in keys), keys[0][1]
 
 
+def flux_layers_of(
+    shapes: Shapes, file: str, matrices: tuple[str, str] = KEYS
+) -> tuple[tuple[str, ...], tuple[int, ...], int]:
+    """The names of the layers of a renamed state dict for FLUX, their hidden widths, and the width their keys read.
+
+    Raises ValueError unless each has its `matrices` (FLUX_KINDS), all of the same input.
+    """
+    found = {
+        match[1]
+        for match in (re.match(r"layers\.((?:(?:double|single)_blocks\.)?\d+)\.", key) for key in shapes)
+        if match
+    }
+    names = sorted(found, key=lambda name: (name.rpartition(".")[0], int(name.rpartition(".")[2])))
+    gives, reads = ([shapes.get(f"layers.{name}.{matrix}", ()) for name in names] for matrix in matrices)
+    if not names or any(len(shape) != 2 for shape in gives) or any(shape[1:] != reads[0][1:] for shape in reads):
+        raise ValueError(
+            f"got {file or 'a file'} with keys and values for {len(names)} blocks of FLUX, which are not all matrices "
+            "with the same input; expected [hidden, width] each: the file is cut short"
+        )
+    return tuple(names), tuple(shape[0] for shape in gives), reads[0][1]
+
+
 def read_spec(tensors: Mapping[str, Tensor], file: str = "", variant: str = "auto") -> tuple[AdapterSpec, bool]:
     """Say what a renamed state dict (`keymaps.IP_ADAPTER`) is, and whether that was a guess. Raises ValueError."""
     shapes = shapes_of(tensors)
     row, kind, guessed = kind_of(shapes, file, variant)
-    layers, width = layers_of(shapes, file)
+    if kind in FLUX_KINDS:
+        base, (names, layers, width) = FLUX, flux_layers_of(shapes, file, FLUX_KINDS[kind])
+    else:
+        names, (layers, width) = (), layers_of(shapes, file)
+        base = BASES[len(layers)]
     spec = AdapterSpec(
         kind=kind,
-        base=BASES[len(layers)],
+        base=base,
         tokens=row.tokens(shapes),
         width=width,
         layers=layers,
         needs=NEEDS[kind](shapes),
         lora_rank=shapes.get("lora.0.q.down", (0,))[0],
+        names=names,
     )
     return spec, guessed
 

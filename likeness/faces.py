@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, cosine_similarity, grid_sample, interpolate, pad
 
-from .spec import Face
+from .spec import FACE_SIZES, Face
 
 Detect = Callable[[Tensor, int], Sequence[Face]]  # uint8 RGB [H, W, 3], side of the detector's square input
 Embed = Callable[[Tensor, Face], Tensor]  # uint8 RGB [H, W, 3], one of its faces -> [512]
@@ -26,6 +27,17 @@ HEAD_SCALE = 2.0  # its side, in sides of the face's box
 
 # Left eye, right eye, nose, left and right corner of the mouth in ArcFace's crop of 112 pixels.
 ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+
+# The same points in FFHQ's crop of 512 pixels, as facexlib aligns; it shrinks photos to 1024 pixels first.
+FFHQ = (
+    (192.98138, 239.94708), (318.90277, 240.1936), (256.63416, 314.01935), (201.26117, 371.41043),
+    (313.08905, 371.15118),
+)  # fmt: skip
+FFHQ_SIZE, FFHQ_PHOTO = 512, 1024
+FFHQ_BORDER = (132 / 255, 133 / 255, 135 / 255)  # RGB, where the photo ends
+# What of that crop is face and hair, at a guess: the middle, the half axes and the softness of an ellipse, in pixels.
+ELLIPSE, AXES, SOFT = (256.0, 242.0), (164.0, 238.0), 24.0
+GREY = (0.299, 0.587, 0.114)
 
 BLURRED = 60.0  # variance of the Laplacian of the 112 crop, in grey levels squared
 SMALL = 64  # pixels; ArcFace reads 112
@@ -75,6 +87,49 @@ def align(photo: Tensor, kps: Tensor, size: int) -> Tensor:
     return warp(photo, similarity(kps, template(size)), size)
 
 
+def shrink(photo: Tensor, scale: float) -> Tensor:
+    """A photo [H, W, 3] at `scale` of its size, below 1; sampling far apart pixels would alias."""
+    moved = photo.movedim(-1, 0)[None]
+    return interpolate(moved, scale_factor=scale, mode="bilinear", antialias=True)[0].movedim(0, -1)
+
+
+def align_ffhq(photo: Tensor, kps: Tensor) -> Tensor:
+    """The face as facexlib aligns it, the whole head: [512, 512, 3] of a photo [H, W, 3] in 0..1, grey outside.
+
+    facexlib fits the similarity robustly; here it is the least-squares one.
+    """
+    scale = FFHQ_PHOTO / max(photo.shape[:2])
+    if scale < 1:
+        photo, kps = shrink(photo, scale), (kps + 0.5) * scale - 0.5
+    border = torch.tensor(FFHQ_BORDER, dtype=photo.dtype)
+    return warp(photo - border, similarity(kps, torch.tensor(FFHQ)), FFHQ_SIZE) + border
+
+
+def ellipse() -> Tensor:
+    """What of an FFHQ crop is face and hair, at a guess: [512, 512, 1], 0 to 1."""
+    at = torch.arange(FFHQ_SIZE)
+    x, y = ((at - middle) / axis for middle, axis in zip(ELLIPSE, AXES, strict=True))
+    inside = 1 - (x[None, :] ** 2 + y[:, None] ** 2).sqrt()  # in parts of the half axis
+    return (inside * min(AXES) / SOFT + 0.5).clamp(0, 1)[..., None]
+
+
+def grey_on_white(photo: Tensor, kps: Tensor) -> Tensor:
+    """PuLID's picture of a face: [512, 512, 3], the FFHQ crop in grey, and all that is not face or hair white.
+
+    The authors cut by a face parser's classes. None is at hand, so an ellipse stands in for it.
+    """
+    grey = (align_ffhq(photo, kps) @ torch.tensor(GREY, dtype=photo.dtype))[..., None]
+    mask = ellipse().to(grey.dtype)
+    return (grey * mask + (1 - mask)).expand(-1, -1, 3)
+
+
+# How each crop of an aligned face is cut from a photo [H, W, 3] in 0..1 with the five points [5, 2].
+CUTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: partial(align, size=size) for name, size in FACE_SIZES.items()},
+    "ffhq512": grey_on_white,
+}
+
+
 def pixels(photo: Tensor) -> Tensor:
     """A photo in 0..1 as uint8."""
     return (photo.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -89,9 +144,8 @@ def head(photo: Tensor, face: Face, sides: float = HEAD_SCALE) -> tuple[Tensor, 
     low, high = face.box[:2].double(), face.box[2:].double()
     side = float((high - low).max()) * sides
     corner, scale = (low + high) / 2 - side / 2, HEAD / side
-    if scale < 1:  # shrink the photo first: sampling far apart pixels would alias
-        moved = photo.movedim(-1, 0)[None]
-        photo = interpolate(moved, scale_factor=scale, mode="bilinear", antialias=True)[0].movedim(0, -1)
+    if scale < 1:
+        photo = shrink(photo, scale)
     reach = min(scale, 1.0)
     matrix = torch.eye(2, 3, dtype=torch.float64) * (scale / reach)
     matrix[:, 2] = -corner * scale + (1 - reach) / 2  # places count from pixels' middles, shrinking from their edges
@@ -166,7 +220,7 @@ def most_alike(photo: Tensor, faces: Sequence[Face], embed: Embed, target: Tenso
 
 def sharpness(photo: Tensor, face: Face) -> float:
     """Variance of the Laplacian of the aligned face, in grey levels squared: low is blurred."""
-    grey = align(photo.float(), face.kps, 112) @ torch.tensor([0.299, 0.587, 0.114]) * 255
+    grey = align(photo.float(), face.kps, 112) @ torch.tensor(GREY) * 255
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     return float(conv2d(grey[None, None], kernel).var())
 

@@ -9,12 +9,30 @@ from torch import Tensor, nn
 
 Rules = Sequence[tuple[str, str]]
 
-# IP-Adapter, FaceID, Portrait, InstantID. The number is the file's own: attention processors in the order down, up,
-# middle; odd ones are cross-attentions. `lora.` holds what FaceID trained into the base model's attentions.
+# IP-Adapter, FaceID, Portrait, InstantID, PuLID. The number is the file's own: attention processors in the order down,
+# up, middle; odd ones are cross-attentions. `lora.` holds what FaceID trained into the base model's attentions.
 IP_ADAPTER: Rules = (
-    (r"image_proj\.(.+)", r"projector.\1"),
+    (r"(?:image_proj|id_adapter|pulid_encoder)\.(.+)", r"projector.\1"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_([kv])_ip\.weight", r"layers.\1.\2.weight"),
+    (r"id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight", r"layers.\1.\2.weight"),
+    (r"pulid_ca\.(\d+)\.(.+)", r"layers.\1.\2"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight", r"lora.\1.\2.\3"),
+    (r"ip_adapter_proj_model\.(.+)", r"projector.\1"),
+    (
+        r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.(weight|bias)",
+        r"layers.double_blocks.\1.\2.\3",
+    ),
+)
+
+# EVA-CLIP's vision tower, as its authors and as OpenCLIP's checkpoints spell it, by timm's names.
+EVA_CLIP: Rules = (
+    (r"(?:trunk\.)?(.+)\.attn\.([qv])_bias", r"\1.attn.\2_proj.bias"),
+    (r"(?:trunk\.)?(.+)\.attn\.inner_attn_ln\.(\w+)", r"\1.attn.norm.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w1\.(\w+)", r"\1.mlp.fc1_g.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w2\.(\w+)", r"\1.mlp.fc1_x.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.w3\.(\w+)", r"\1.mlp.fc2.\2"),
+    (r"(?:trunk\.)?(.+)\.mlp\.ffn_ln\.(\w+)", r"\1.mlp.norm.\2"),
+    (r"(?:trunk\.)?(.+)", r"\1"),
 )
 
 # FlashFace, all one UNet's names once its parts are told apart: first what is inside a block, then the blocks.

@@ -1,12 +1,12 @@
 """The perceiver resampler shared by the adapters: learned latents attend to features (Flamingo 2204.14198, Fig. 5).
 
-IP-Adapter Plus, FaceID-Plus and InstantID use this form: the keys are [features, latents], two LayerNorms in front,
-a feed-forward without biases behind, no position embedding.
+IP-Adapter Plus, FaceID-Plus, InstantID and PuLID use this form: the keys are [features, latents], two LayerNorms in
+front, a feed-forward without biases behind, no position embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 def depth_of(shapes: Shapes) -> int:
     """The number of layers named in a perceiver's state dict."""
     return len({key.split(".")[1] for key in shapes if key.startswith("layers.")})
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Softmax attention of so many heads on [B, ., heads * head_width], the softmax in float32."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, ., head_width]
+    scale = q.shape[-1] ** -0.25  # on either side, so that half precision does not overflow in the product
+    attention = ((q * scale) @ (k * scale).transpose(-2, -1)).float().softmax(dim=-1).to(v.dtype)
+    return (attention @ v).transpose(1, 2).flatten(2)
 
 
 class PerceiverAttention(nn.Module):
@@ -37,22 +45,34 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         x, latents = self.norm1(x), self.norm2(latents)
-        q = self.to_q(latents)
         k, v = self.to_kv(torch.cat((x, latents), dim=1)).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, ., head_width]
-        scale = q.shape[-1] ** -0.25  # on either side, so that half precision does not overflow in the product
-        attention = ((q * scale) @ (k * scale).transpose(-2, -1)).float().softmax(dim=-1).to(v.dtype)
-        return self.to_out((attention @ v).transpose(1, 2).flatten(2))
+        return self.to_out(attend(self.to_q(latents), k, v, self.heads))
 
 
-def feed_forward(dim: int, operations: Any) -> nn.Sequential:
-    inner = dim * 4
+def feed_forward(dim: int, operations: Any, ratio: int = 4) -> nn.Sequential:
+    inner = dim * ratio
     return nn.Sequential(
         operations.LayerNorm(dim),
         operations.Linear(dim, inner, bias=False),
         nn.GELU(),
         operations.Linear(inner, dim, bias=False),
     )
+
+
+def layers_of(dim: int, depth: int, heads: int, head_width: int, operations: Any, ratio: int = 4) -> nn.ModuleList:
+    """So many perceiver layers, an attention and a feed-forward each."""
+    return nn.ModuleList(
+        nn.ModuleList((PerceiverAttention(dim, heads, head_width, operations), feed_forward(dim, operations, ratio)))
+        for _ in range(depth)
+    )
+
+
+def refine(layers: Iterable[nn.Module], latents: Tensor, x: Tensor) -> Tensor:
+    """Latents [B, T, dim] through perceiver layers that read x [B, L, dim]."""
+    for attention, feed in layers:  # pyright: ignore[reportGeneralTypeIssues]
+        latents = attention(x, latents) + latents
+        latents = feed(latents) + latents
+    return latents
 
 
 class Perceiver(nn.Module):
@@ -65,10 +85,7 @@ class Perceiver(nn.Module):
         self.proj_in = operations.Linear(features, dim)
         self.proj_out = operations.Linear(dim, out)
         self.norm_out = operations.LayerNorm(out)
-        self.layers = nn.ModuleList(
-            nn.ModuleList((PerceiverAttention(dim, heads, head_width, operations), feed_forward(dim, operations)))
-            for _ in range(depth)
-        )
+        self.layers = layers_of(dim, depth, heads, head_width, operations)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, operations: Any) -> Perceiver:
@@ -78,11 +95,7 @@ class Perceiver(nn.Module):
         return cls(dim, depth_of(shapes), heads, features, shapes["proj_out.weight"][0], operations)
 
     def refine(self, latents: Tensor, features: Tensor) -> Tensor:
-        x = self.proj_in(features)
-        for attention, feed in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
-            latents = attention(x, latents) + latents
-            latents = feed(latents) + latents
-        return self.norm_out(self.proj_out(latents))
+        return self.norm_out(self.proj_out(refine(self.layers, latents, self.proj_in(features))))
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         return self.refine(latents, features)

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 
 FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
-CROPS = ("photo", "head", *FACE_SIZES)
+CROPS = ("photo", "black", "head", "ffhq512", *FACE_SIZES)
 
 
 @dataclass(frozen=True)
 class Feature:
     """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
 
-    `network` is `arcface.<pack>`, `clip.<architecture>` or `omni_id`; `layer` is `raw`, `projected`, `penultimate`,
-    `last` or `tokens`; `crop` is one of `CROPS`: the whole photo, the head with a margin, or an aligned face.
+    `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`; `layer` is `raw`,
+    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROPS`: the whole photo, a
+    black picture in its place, the head with a margin, or an aligned face.
     """
 
     network: str
@@ -46,6 +47,11 @@ def parse_encoder_id(text: str) -> tuple[Feature, str]:
     return Feature(match["network"], match["layer"], match["crop"]), match["hash8"]
 
 
+def find(held: Mapping[str, Tensor], feature: Feature) -> str | None:
+    """The encoder id under which a mapping holds `feature`, or None."""
+    return next((key for key in held if parse_encoder_id(key)[0] == feature), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Face:
     """One detected face, in pixels of the photo (x to the right, y down).
@@ -70,8 +76,9 @@ class Identity:
 
     `box` [n, 4] and `kps` [n, 5, 2] are pixels of the crop; `score` [n]; `weight` [n], relative; `crop` uint8
     [n, H, W, 3] RGB, the head with a margin, or None; `embeddings` maps encoder ids to raw [n, ...]; `zeros` maps them
-    to what the network gives for the zero picture, [1, ...]; `sources` says what each photo was; `hashes` maps encoder
-    ids to the sha256 of the encoder's file.
+    to what the network gives for the zero picture, [1, ...]; `joint` maps encoder ids to what an encoder made of all
+    faces together, [1, T, W]; `sources` says what each photo was; `hashes` maps encoder ids to the sha256 of the
+    encoder's file.
     """
 
     name: str
@@ -84,13 +91,18 @@ class Identity:
     zeros: Mapping[str, Tensor] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
+    joint: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.box.shape[0]
 
     def find(self, feature: Feature) -> str | None:
-        """The encoder id under which this identity holds `feature`, or None."""
-        return next((key for key in self.embeddings if parse_encoder_id(key)[0] == feature), None)
+        """The encoder id under which `embeddings` hold `feature`, or None."""
+        return find(self.embeddings, feature)
+
+    def find_joint(self, feature: Feature) -> str | None:
+        """The encoder id under which `joint` holds `feature`, or None."""
+        return find(self.joint, feature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +136,49 @@ class FusedSpec:
 
 
 @dataclass(frozen=True)
+class OmniIDSpec:
+    """What an Omni-ID encoder is (likeness.omni_id). The defaults are the paper's, or ours where it is silent.
+
+    `image_size` is the side of the face pictures and `patch` that of the trunk's patches, in pixels; `features` is the
+    width of the trunk's states, of which `states` are read (omni_id.STATES), the class token's too or not; `activation`
+    is the trunk's. Of the blocks, `cross_blocks` attend to the photos and `self_blocks` to the tokens, `tokens` of
+    them, `width` wide, with `heads` and an MLP of `inner`. `notes` say how it was trained.
+    """
+
+    image_size: int = 224
+    patch: int = 14
+    features: int = 1280
+    states: str = "last"
+    class_token: bool = True
+    activation: str = "gelu"
+    tokens: int = 256
+    width: int = 1280
+    heads: int = 20
+    inner: int = 5120
+    cross_blocks: int = 2
+    self_blocks: int = 2
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a picture."""
+        return self.image_size // self.patch
+
+    @property
+    def states_per_photo(self) -> int:
+        return self.side**2 + self.class_token
+
+
+@dataclass(frozen=True)
 class AdapterSpec:
     """What an adapter file is. `kind` names its row of `detect.SIGNATURES`.
 
     `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
     and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
     `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA; `unconditional`
-    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`.
+    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`; `as_text` whether tokens
+    are as wide as a UNet's text; `names` are those of FLUX's layers in the file: "double_blocks.0", "single_blocks.3",
+    or "7", counted through all blocks.
     """
 
     kind: str
@@ -141,6 +189,8 @@ class AdapterSpec:
     needs: tuple[Feature, ...]
     lora_rank: int = 0
     unconditional: str = "zero"
+    as_text: bool = True
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

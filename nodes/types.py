@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, PrompterSpec
+from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, OmniIDSpec, PrompterSpec
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 People = io.Custom("LIKENESS_PEOPLE")
@@ -20,6 +20,7 @@ FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
 ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
 ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
 Prompter = io.Custom("LIKENESS_PROMPTER")
+OmniID = io.Custom("LIKENESS_OMNI_ID")
 
 
 def who_input(tooltip: str) -> io.MultiType.Input:
@@ -130,12 +131,17 @@ class Analyzer(Protocol):
 
 
 class Encoder(Protocol):
-    """What goes through LIKENESS_IMAGE_ENCODER. `architecture` and `sha256` go into encoder ids.
+    """What goes through LIKENESS_IMAGE_ENCODER. `family`, `architecture` and `sha256` go into encoder ids.
 
     `encode` takes [n, H, W, 3] in 0..1 and gives `projected` [n, E], the pooled embedding; `penultimate` [n, T, W],
     the last block's input, and `last` [n, T, W], its output; both without the post LayerNorm, class token first.
-    `zero` gives the same layers, n = 1, for a picture that is zero after normalisation: mid-grey.
+    EVA-CLIP gives `levels` [n, 5, T, W], too: what PuLID reads; SigLIP gives `pooled` [n, W] alone. `zero` gives the
+    same layers, n = 1, for a picture that is zero after normalisation: mid-grey; it leaves out those in whose place no
+    face is 0.
     """
+
+    @property
+    def family(self) -> str: ...
 
     @property
     def architecture(self) -> str: ...
@@ -146,3 +152,21 @@ class Encoder(Protocol):
     def encode(self, pictures: Tensor) -> dict[str, Tensor]: ...
 
     def zero(self) -> dict[str, Tensor]: ...
+
+
+class OmniEncoder(Protocol):
+    """What goes through LIKENESS_OMNI_ID. `sha256` is its file's.
+
+    Pictures are aligned faces [n, S, S, 3] in 0..1, S the spec's image size, no two alike, each with a weight above 0.
+    `encode` makes [1, L, C] of all of them; `maps` says how each query attends to their patches, [L, n, h, w].
+    """
+
+    @property
+    def spec(self) -> OmniIDSpec: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...
+
+    def maps(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...

@@ -19,7 +19,8 @@ from torch import Tensor
 RANK = 4
 
 
-def _projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+def projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a small projector that makes tokens of this width."""
     mlp = {
         "proj.0.weight": (64, 512),
         "proj.0.bias": (64,),
@@ -31,14 +32,44 @@ def _projector(kind: str, width: int) -> dict[str, tuple[int, ...]]:
         "image": {"proj.weight": (4 * width, 1024), "proj.bias": (4 * width,), **norm},
         "faceid": {**mlp, **norm},
         "portrait": {**mlp, **norm},
-    }[kind]
+        "pulid": _mappings({"body": (1280, 5 * width), **_levels(width), **_levels(width, "mapping_patch")}),
+        "pulid_v1_1": {
+            "latents": (1, 6, 64), "proj_out": (64, width), **_layers(),
+            **_mappings({"id_embedding_mapping": (1280, 3 * 64), **_levels(64)}),
+        },
+    }[kind]  # fmt: skip
+
+
+def _levels(out: int, name: str = "mapping") -> dict[str, tuple[int, int]]:
+    return {f"{name}_{i}": (32, out) for i in range(5)}
+
+
+def _mappings(sizes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """PuLID's small networks, by what they read and give."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (features, out) in sizes.items():
+        for i, shape in enumerate(((16, features), (16,), (), (16, 16), (16,), (), (out, 16))):
+            if shape:
+                shapes |= {f"{name}.{i}.weight": shape, f"{name}.{i}.bias": shape[:1]}
+    return shapes
+
+
+def _layers(width: int = 64) -> dict[str, tuple[int, ...]]:
+    """Five perceiver layers of one head."""
+    one = {
+        "0.norm1.weight": (width,), "0.norm1.bias": (width,), "0.norm2.weight": (width,), "0.norm2.bias": (width,),
+        "0.to_q.weight": (width, width), "0.to_kv.weight": (2 * width, width), "0.to_out.weight": (width, width),
+        "1.0.weight": (width,), "1.0.bias": (width,), "1.1.weight": (2 * width, width),
+        "1.3.weight": (width, 2 * width),
+    }  # fmt: skip
+    return {f"layers.{i}.{key}": shape for i in range(5) for key, shape in one.items()}
 
 
 def tensors(kind: str, family: str = "SD1.5", seed: int = 0) -> dict[str, Tensor]:
     """A file's tensors under their published names."""
     generator = torch.Generator().manual_seed(seed)
     found = sites(patcher(family).model.diffusion_model)
-    shapes = {f"image_proj.{key}": shape for key, shape in _projector(kind, found[0].context).items()}
+    shapes = {f"image_proj.{key}": shape for key, shape in projector(kind, found[0].context).items()}
     for site in found:
         n = site.number
         shapes |= {f"ip_adapter.{n}.to_{part}_ip.weight": (site.hidden, site.context) for part in "kv"}
@@ -59,11 +90,13 @@ def adapter(kind: str = "image", family: str = "SD1.5", seed: int = 0) -> Loaded
     return LoadedAdapter(spec, held, keymaps.under(renamed, "lora."), f"{kind} {seed}")
 
 
-SHAPES = {"image": (1024,), "faceid": (512,), "portrait": (512,)}
+FACE = (512,)
+PULID = (FACE, (768,), (5, 17, 32))
+SHAPES = {"image": ((1024,),), "faceid": (FACE,), "portrait": (FACE,), "pulid": PULID, "pulid_v1_1": PULID}
 
 
 def person(given: LoadedAdapter, faces: int = 1, seed: int = 0) -> Identity:
-    return identity(given.spec.needs, (SHAPES[given.file.split()[0]],), faces, seed)
+    return identity(given.spec.needs, SHAPES[given.file.split()[0]], faces, seed)
 
 
 def applied(

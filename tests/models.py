@@ -1,4 +1,4 @@
-"""Small real models of the host: SD1.5 and SDXL topology at 32 channels, as ModelPatchers, and a way to sample them."""
+"""Small real models of the host, SD1.5, SDXL and a short FLUX, as ModelPatchers, and a way to sample them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.ldm.flux.controlnet
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sample
 import comfy.supported_models
 import torch
@@ -29,18 +31,26 @@ SDXL: dict[str, Any] = {
     "num_heads": -1, "num_head_channels": 16, "use_linear_in_transformer": True, "use_spatial_transformer": True,
     "legacy": False, "num_classes": "sequential", "adm_in_channels": 2816,
 }  # fmt: skip
+FLUX: dict[str, Any] = {
+    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "context_in_dim": 64,
+    "hidden_size": 256, "mlp_ratio": 2.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 4,
+    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    "txt_ids_dims": [],
+}  # fmt: skip
 FAMILIES = {
     "SD1.5": (SD15, comfy.supported_models.SD15, comfy.model_base.BaseModel),
     "SDXL": (SDXL, comfy.supported_models.SDXL, comfy.model_base.SDXL),
+    "FLUX.1": (FLUX, comfy.supported_models.Flux, comfy.model_base.Flux),
 }
+CHANNELS = {"FLUX.1": 16}  # of the latent, where not 4
 
 
 def patcher(family: str = "SD1.5", weights: dict[str, Tensor] | None = None, **changes: Any) -> ModelPatcher:
     """A model of the host with this topology; without `weights`, from a seed."""
     config, supported, base = FAMILIES[family]
-    config = copy.deepcopy(config)  # the host's modules consume the lists
+    config = copy.deepcopy(config) | changes  # the host's modules consume the lists
     heads = {key: config[key] for key in ("num_heads", "num_head_channels") if key in config}
-    settings = supported({**config, **changes})
+    settings = supported(dict(config))
     settings.unet_config |= heads
     settings.set_inference_dtype(torch.float32, None)
     model = base(settings, device=torch.device("cpu"))
@@ -63,7 +73,8 @@ def prompt(seed: int, family: str = "SD1.5", tokens: int = 7, **extra: Any) -> l
     """Conditioning of a tiny model's width."""
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(1, 1280, generator=generator)
-    text = torch.randn(1, tokens, FAMILIES[family][0]["context_dim"], generator=generator)
+    config = FAMILIES[family][0]
+    text = torch.randn(1, tokens, config.get("context_dim") or config["context_in_dim"], generator=generator)
     return [[text, {"pooled_output": pooled, **extra}]]
 
 
@@ -73,8 +84,8 @@ SAMPLING: dict[str, Any] = {"steps": 2, "cfg": 4.0, "sampler_name": "euler", "sc
 def sample(
     model: ModelPatcher, family: str = "SD1.5", *, batch: int = 1, size: tuple[int, int] = (8, 8), **changes: Any
 ) -> Tensor:
-    """A latent by the host's own sampler: [batch, 4, *size]. `changes` go to the host's `comfy.sample.sample`."""
-    latent = torch.zeros(batch, 4, *size)
+    """A latent by the host's own sampler: [batch, ., *size]. `changes` go to the host's `comfy.sample.sample`."""
+    latent = torch.zeros(batch, CHANNELS.get(family, 4), *size)
     noise = torch.cat([comfy.sample.prepare_noise(latent[:1], 5 + i) for i in range(batch)])
     options = {**SAMPLING, "positive": prompt(1, family), "negative": prompt(2, family), **changes}
     with torch.inference_mode():
@@ -94,5 +105,20 @@ def controlnet(positive: list[Any], **changes: Any) -> list[Any]:
     model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})
     cpu = torch.device("cpu")
     control = comfy.controlnet.ControlNet(model.eval().requires_grad_(False), load_device=cpu)
+    control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 0.5)
+    return [[text, {**rest, "control": control, "control_apply_to_uncond": False}] for text, rest in positive]
+
+
+def flux_controlnet(positive: list[Any]) -> list[Any]:
+    """A prompt with a small ControlNet for FLUX on it, of XLabs' kind."""
+    config = {key: value for key, value in FLUX.items() if key not in ("image_model", "depth", "depth_single_blocks")}
+    model = comfy.ldm.flux.controlnet.ControlNetFlux(
+        dtype=torch.float32, operations=comfy.ops.disable_weight_init, depth=1, depth_single_blocks=1, **config
+    )
+    generator = torch.Generator().manual_seed(11)
+    model.load_state_dict({key: seeded(key, value.shape, generator) for key, value in model.state_dict().items()})
+    control = comfy.controlnet.ControlNet(
+        model.eval().requires_grad_(False), load_device=torch.device("cpu"), extra_conds=["y", "guidance"]
+    )
     control.set_cond_hint(torch.rand(1, 3, 64, 64, generator=generator), 0.5)
     return [[text, {**rest, "control": control, "control_apply_to_uncond": False}] for text, rest in positive]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import reduce
 from pathlib import Path
 
 import folder_paths
@@ -38,7 +39,7 @@ def nested(flat: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["image", "faceid", "portrait"])
+@pytest.mark.parametrize("kind", ["image", "faceid", "portrait", "pulid"])
 def test_both_containers_hold_the_same(folder: Path, kind: str) -> None:
     flat = tensors(kind)
     save_file(flat, folder / "ipadapter" / "a.safetensors")
@@ -65,6 +66,46 @@ def test_the_report_says_what_is_there_and_what_is_missing(folder: Path) -> None
     assert "missing: put one into models/clip_vision" in adapter.load("image.safetensors")[1]
     save_file({"vision_model.embeddings.class_embedding": torch.zeros(1280)}, folder / "clip_vision" / "H.safetensors")
     assert "found as H.safetensors" in adapter.load("image.safetensors")[1]
+
+
+def test_the_report_of_pulid_finds_its_networks(folder: Path) -> None:
+    save_file(tensors("pulid_v1_1"), folder / "pulid" / "pulid.safetensors")
+    report = adapter.load("pulid.safetensors")[1]
+    assert "PuLID v1.1 for SD1.5, 6 tokens per identity" in report and "missing: put the folder antelopev2" in report
+    assert report.count("eva02-l-14-336 (Load Image Encoder) of the aligned head in grey on white: missing") == 1
+    place = folder / "clip_vision"
+    torch.save({"visual.pos_embed": torch.zeros(1, 577, 1024)}, place / "EVA.pt")
+    torch.save({"visual.pos_embed": torch.zeros(1, 257, 1024)}, place / "EVA_224.pt")
+    save_file({"visual.trunk.pos_embed": torch.zeros(1, 577, 1024)}, place / "EVA.safetensors")
+    (place / "EVA_cut.pt").write_bytes((place / "EVA.pt").read_bytes()[:5000])
+    assert "found as EVA.pt, EVA.safetensors." in adapter.load("pulid.safetensors")[1]
+
+
+OFFICIAL = (("image_proj.", "id_adapter."), ("ip_adapter.", "id_adapter_attn_layers."), (".to_k_ip.", ".id_to_k."),
+            (".to_v_ip.", ".id_to_v."))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["pulid", "pulid_v1_1"])
+def test_pulid_in_its_authors_names_and_converted(folder: Path, kind: str) -> None:
+    converted = tensors(kind)
+    official = {reduce(lambda key, pair: key.replace(*pair), OFFICIAL, key): w for key, w in converted.items()}
+    save_file(converted, folder / "ipadapter" / "converted.safetensors")
+    save_file(official, folder / "pulid" / "official.safetensors")
+    a, b = (adapter.load(f"{name}.safetensors")[0] for name in ("converted", "official"))
+    assert a.spec == b.spec and a.spec.kind == kind
+    left, right = a.patcher.model.state_dict(), b.patcher.model.state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    for gone in (
+        "id_adapter.mapping_4.",
+        "id_adapter.mapping_2.0.bias",
+        "id_adapter_attn_layers.31.id_to_v",
+        "id_adapter.layers.3.",
+    ):
+        cut = {key: weight for key, weight in official.items() if not key.startswith(gone)}
+        if len(cut) < len(official):
+            save_file(cut, folder / "pulid" / "cut.safetensors")
+            with pytest.raises(ValueError, match="incomplete or misshapen|misses"):
+                adapter.load("cut.safetensors")
 
 
 class Trap:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapters import adapter, applied, person
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.likeness import curves, decoupled
+from comfyui_likeness.likeness import curves, decoupled, pulid
 from comfyui_likeness.nodes.attention import decoupled as nodes
 from models import close, patcher, prompt, sample
 
@@ -22,17 +22,23 @@ def base() -> ModelPatcher:
     return patcher()
 
 
+# What the invariants are tried on: tokens of one face alone, and PuLID's, which mind what the text's attention gave.
+every_kind = pytest.mark.parametrize("kind", ["image", "pulid", "pulid_v1_1"])
+
+
+@every_kind
 @pytest.mark.parametrize(
     "changes", [{"strength": 0.0}, {"start_percent": 0.5, "end_percent": 0.5}, {"custom_layers": "3:0"}]
 )
-def test_nothing_asked_is_nothing_done(base: ModelPatcher, changes: dict[str, Any]) -> None:
-    assert torch.equal(sample(applied(base, **changes)), sample(base))
+def test_nothing_asked_is_nothing_done(base: ModelPatcher, changes: dict[str, Any], kind: str) -> None:
+    assert torch.equal(sample(applied(base, adapter(kind), **changes)), sample(base))
     assert torch.equal(sample(applied(base, adapter("faceid"), **changes)), sample(base))
 
 
-def test_upstream_stays_untouched(base: ModelPatcher) -> None:
+@every_kind
+def test_upstream_stays_untouched(base: ModelPatcher, kind: str) -> None:
     before = sample(base)
-    first = applied(base)
+    first = applied(base, adapter(kind))
     once = sample(first)
     second = applied(first, adapter("faceid", seed=3))
     assert not torch.equal(once, before)
@@ -41,8 +47,9 @@ def test_upstream_stays_untouched(base: ModelPatcher) -> None:
     assert torch.equal(sample(base), before)
 
 
-def test_clones_that_copy_deeply_share_the_weights(base: ModelPatcher) -> None:
-    model = applied(base)
+@every_kind
+def test_clones_that_copy_deeply_share_the_weights(base: ModelPatcher, kind: str) -> None:
+    model = applied(base, adapter(kind))
     deep = model.clone()
     deep.model_options = copy.deepcopy(model.model_options)
     assert torch.equal(sample(deep), sample(model))
@@ -54,20 +61,23 @@ def test_clones_that_copy_deeply_share_the_weights(base: ModelPatcher) -> None:
     assert not torch.equal(sample(stacked), sample(model))
 
 
-def test_applying_twice_is_the_sum(base: ModelPatcher) -> None:
-    given = adapter()
+@every_kind
+def test_applying_twice_is_the_sum(base: ModelPatcher, kind: str) -> None:
+    given = adapter(kind)
     who = person(given)
     twice = applied(applied(base, given, who, strength=0.4), given, who, strength=0.6)
     assert close(sample(twice), sample(applied(base, given, who, strength=1.0)))
 
 
 def test_order_does_not_matter(base: ModelPatcher) -> None:
-    a, b = adapter("image", seed=1), adapter("portrait", seed=2)
+    a, b, c = adapter("image", seed=1), adapter("portrait", seed=2), adapter("pulid", seed=3)
+    assert close(sample(applied(applied(base, a), c)), sample(applied(applied(base, c), a)))
     assert close(sample(applied(applied(base, a), b)), sample(applied(applied(base, b), a)))
 
 
-def test_windows_that_touch_make_the_whole(base: ModelPatcher) -> None:
-    given = adapter()
+@every_kind
+def test_windows_that_touch_make_the_whole(base: ModelPatcher, kind: str) -> None:
+    given = adapter(kind)
     who = person(given)
     halves = applied(applied(base, given, who, end_percent=0.5), given, who, start_percent=0.5)
     assert torch.equal(sample(halves, steps=4), sample(applied(base, given, who), steps=4))
@@ -127,8 +137,9 @@ def test_a_face_of_no_weight_is_no_face(base: ModelPatcher) -> None:
         sample(applied(base, given, replace(two, weight=torch.zeros(2))))
 
 
-def test_the_negative_prompt_gets_the_unconditional_tokens(base: ModelPatcher) -> None:
-    given = adapter()
+@every_kind
+def test_the_negative_prompt_gets_the_unconditional_tokens(base: ModelPatcher, kind: str) -> None:
+    given = adapter(kind)
     who = person(given)
     model = applied(base, given, who)
     plain_negative = sample(model, cfg=1.0)  # the host skips the negative prompt
@@ -138,10 +149,11 @@ def test_the_negative_prompt_gets_the_unconditional_tokens(base: ModelPatcher) -
     assert not close(sample(model), sample(same), 1e-4)
 
 
-def test_prompts_with_areas_and_masks(base: ModelPatcher) -> None:
+@every_kind
+def test_prompts_with_areas_and_masks(base: ModelPatcher, kind: str) -> None:
     areas = [*prompt(1, area=(8, 4, 0, 0), strength=1.0), *prompt(3, area=(8, 4, 0, 4), strength=1.0)]
     masked = prompt(1, mask=torch.ones(1, 8, 8), mask_strength=1.0)
-    model = applied(base)
+    model = applied(base, adapter(kind))
     for positive in (areas, masked):
         out = sample(model, positive=positive)
         assert out.isfinite().all() and not close(out, sample(base, positive=positive), 1e-4)
@@ -165,8 +177,9 @@ def test_an_interrupt_leaves_no_trace(base: ModelPatcher, error: type[BaseExcept
     assert torch.equal(sample(model), whole)
 
 
-def test_keys_and_values_are_computed_once_per_run(base: ModelPatcher) -> None:
-    given = adapter()
+@every_kind
+def test_keys_and_values_are_computed_once_per_run(base: ModelPatcher, kind: str) -> None:
+    given = adapter(kind)
     counted: list[int] = []
     layer = given.patcher.model.layers["1"].k
     hook = layer.register_forward_hook(lambda *_: counted.append(1))
@@ -178,12 +191,13 @@ def test_keys_and_values_are_computed_once_per_run(base: ModelPatcher) -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize("kind", ["faceid", "pulid_v1_1"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_follows_the_base(base: ModelPatcher, dtype: torch.dtype) -> None:
+def test_half_precision_follows_the_base(base: ModelPatcher, dtype: torch.dtype, kind: str) -> None:
     half = base.clone()
     half.set_model_compute_dtype(dtype)
-    out = sample(applied(half, adapter("faceid")), steps=1)
-    whole = sample(applied(base, adapter("faceid")), steps=1)
+    out = sample(applied(half, adapter(kind)), steps=1)
+    whole = sample(applied(base, adapter(kind)), steps=1)
     assert out.isfinite().all()
     assert float((out - whole).norm() / whole.norm()) < 0.1
 
@@ -217,6 +231,25 @@ def test_a_missing_embedding_names_the_node(base: ModelPatcher) -> None:
         applied(base, given, person(adapter("image")))
     with pytest.raises(ValueError, match="Load CLIP Vision.*vit-h-14"):
         applied(base, adapter("image"), person(given))
+
+
+def test_pulids_modes_are_those_of_its_version(base: ModelPatcher) -> None:
+    made = {}
+    for kind, auto in pulid.DEFAULTS.items():
+        given = adapter(kind)
+        made = {mode: sample(applied(base, given, pulid_mode=mode)) for mode in ("auto", *pulid.MODES)}
+        assert torch.equal(made.pop("auto"), made[auto])
+        assert all(not close(made[a], made[b], 1e-4) for a in made for b in made if a < b)
+    assert torch.equal(sample(applied(base, pulid_mode="style")), sample(applied(base)))
+
+
+def test_pulid_of_several_photos_is_one_set_of_tokens(base: ModelPatcher) -> None:
+    for kind, tokens in (("pulid", 15), ("pulid_v1_1", 6)):
+        given = adapter(kind)
+        two = person(given, faces=2)
+        made = decoupled.tokens(given.patcher.model, given.spec, two, torch.device("cpu"))
+        assert made.cond.shape == made.uncond.shape == (1, tokens, given.spec.width) and len(made.weight) == 1
+        assert sample(applied(base, given, two)).isfinite().all()
 
 
 @pytest.mark.parametrize("scaling", list(decoupled.SCALINGS))

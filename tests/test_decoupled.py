@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import comfy.ops
 import pytest
 import torch
-from comfyui_likeness.likeness import curves, decoupled, detect, keymaps
+from comfyui_likeness.likeness import curves, decoupled, detect, keymaps, pulid
 from comfyui_likeness.likeness.resampler import Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import decoupled as nodes
-from comfyui_likeness.nodes.attention.injection import Bank, Call, Place, Term, Window
+from comfyui_likeness.nodes.attention.injection import GIVEN, Bank, Call, Place, Term, Window
 from comfyui_likeness.nodes.attention.patch import attach, host_attention
 from comfyui_likeness.nodes.attention.slots import KEY, Active, Now, Slot
 from comfyui_likeness.nodes.types import LoadedAdapter
@@ -119,17 +121,19 @@ def lora_applied(weights: dict[str, Tensor], strength: float) -> dict[str, Tenso
     return out
 
 
-def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[Tensor, Tensor]:
+def slot_output(
+    weights: dict[str, Tensor], case: Case, scale: float, mode: pulid.Mode = pulid.PLAIN, tokens: str = "image_tokens"
+) -> tuple[Tensor, Tensor]:
     """What our slot gives in place of a cross-attention, before and after the layer's output projection."""
-    hidden, text, tokens = case.input("hidden"), case.input("text"), case.input("image_tokens")
+    hidden, text = case.input("hidden"), case.input("text")
     q, k, v = (
         hidden @ weights["attn2.to_q.weight"].T,
         text @ weights["attn2.to_k.weight"].T,
         text @ weights["attn2.to_v.weight"].T,
     )
-    key, value = (tokens @ weights[f"ip_adapter.1.to_{part}_ip.weight"].T for part in "kv")
+    key, value = (case.input(tokens) @ weights[f"ip_adapter.1.to_{part}_ip.weight"].T for part in "kv")
     key, value = decoupled.SCALINGS["V only"](key, value, scale, q.shape[-1])
-
+    key, value = mode.drained(key), mode.drained(value)
     place = Place("attn2", ("input", 1), 0, False)
 
     class Fixed(Term):
@@ -139,7 +143,7 @@ def slot_output(weights: dict[str, Tensor], case: Case, scale: float) -> tuple[T
             return {place: True}
 
         def term(self, state: object, q: Tensor, options: dict[str, object]) -> Tensor:
-            return nodes.host_attention(q, key, value, options)
+            return mode.mix(options[GIVEN], host_attention(q, key, value, options), q, key, case.config["heads"])
 
     fixed, call = Fixed(), Call(("positive",), len(q), q.dtype, q.device, torch.zeros(len(q)), None, None)
     options = {
@@ -172,6 +176,30 @@ def test_attention_with_lora() -> None:
     for scale, strength in case.data["scalars"]["scale_and_lora_scale"]:
         _, out = slot_output(lora_applied(case.weights(), strength), case, scale)
         assert_close(out, stored[f"attn2_s{scale}_lora{strength}"])
+
+
+MIXES = {name: mode.mix for name, mode in pulid.MODES.items()}
+
+
+def mode_of(entry: dict[str, Any]) -> pulid.Mode:
+    """A mode as the cases spell it."""
+    mix = MIXES["style"] if entry["ortho"] else MIXES["fidelity"] if entry["ortho_v2"] else MIXES["plain"]
+    return pulid.Mode(entry["num_zero"], mix)
+
+
+def test_attention_of_pulid() -> None:
+    case = ATTENTION["attn_pulid"]
+    stored = case.outputs()
+    weights = {
+        key.replace("id_adapter_attn_layers.1.id_to_", "ip_adapter.1.to_").replace(".weight", "_ip.weight")
+        if key.startswith("id_adapter")
+        else key: value
+        for key, value in case.weights().items()
+    }
+    for entry in case.data["scalars"]["modes"]:
+        pre, out = slot_output(weights, case, entry["id_scale"], mode_of(entry), "id_tokens")
+        assert_close(pre, stored[f"pre_{entry['name']}"])
+        assert_close(out, stored[f"out_{entry['name']}"])
 
 
 def diffusers_to_ldm(case: Case, family: str) -> dict[str, Tensor]:
@@ -226,7 +254,39 @@ def test_whole_unet(name: str, family: str, kind: str, feature: Feature, inputs:
             model.unpatch_model()
 
 
-def loaded(case: Case, kind: str, feature: Feature) -> LoadedAdapter:
+def test_whole_unet_of_pulid() -> None:
+    case = UNETS["unet_sdxl_pulid"]
+    stored = case.outputs()
+    base = patcher("SDXL", diffusers_to_ldm(case, "sdxl"), adm_in_channels=80)
+    adapter = loaded(case, "plus", IMAGE, torch.nn.Identity())  # the case begins with the tokens
+    key = IMAGE.id("0" * 64)
+    person = replace(identity((), ()), embeddings={key: case.input("id_cond")}, zeros={key: case.input("id_uncond")})
+    assert_close(run(base, case, stored), stored["base"], 1e-4)
+    shares = {site: curves.Share(1.0) for site in nodes.fitting(adapter.spec, base)}
+    for entry in case.data["scalars"]["modes"]:
+        mode, window = mode_of(entry), Window(1e9, -1.0)
+        injection = nodes.Decoupled(
+            adapter, person, shares, entry["id_scale"], "V only", 1.0, False, None, window, mode
+        )
+        assert_close(run(attach(base, injection), case, stored), stored[f"noise_{entry['name']}"], 1e-4)
+
+
+def tiny_projector(case: Case, kind: str, weights: dict[str, Tensor]) -> torch.nn.Module:
+    if kind != "plus":
+        return decoupled.KINDS[kind].projector(detect.shapes_of(weights), OPERATIONS)
+    config = {
+        "dim": 80,
+        "depth": 2,
+        "dim_head": 16,
+        "heads": 5,
+        "num_queries": 16,
+        "embedding_dim": 48,
+        "output_dim": 64,
+    }
+    return resampler(case, weights, config)
+
+
+def loaded(case: Case, kind: str, feature: Feature, module: torch.nn.Module | None = None) -> LoadedAdapter:
     tensors = keymaps.rename(case.weights(1), keymaps.IP_ADAPTER)
     shapes = detect.shapes_of(tensors)
     numbers = sorted({int(key.split(".")[1]) for key in tensors if key.startswith("layers.")})
@@ -235,20 +295,7 @@ def loaded(case: Case, kind: str, feature: Feature) -> LoadedAdapter:
     )
     weights = {key: value for key, value in tensors.items() if not key.startswith("lora.")}
     inner = keymaps.under(weights, "projector.")
-    if kind == "plus":
-        config = {
-            "dim": 80,
-            "depth": 2,
-            "dim_head": 16,
-            "heads": 5,
-            "num_queries": 16,
-            "embedding_dim": 48,
-            "output_dim": 64,
-        }
-        module = resampler(case, inner, config)
-    else:
-        module = decoupled.KINDS[kind].projector(detect.shapes_of(inner), OPERATIONS)
-    adapter = decoupled.DecoupledAdapter(spec, module, OPERATIONS)
+    adapter = decoupled.DecoupledAdapter(spec, module or tiny_projector(case, kind, inner), OPERATIONS)
     keymaps.load(adapter, weights)
     held = nodes.ModelPatcher(adapter.requires_grad_(False), torch.device("cpu"), torch.device("cpu"))
     return LoadedAdapter(spec, held, keymaps.under(tensors, "lora."), "golden")

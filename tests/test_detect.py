@@ -15,6 +15,7 @@ from golden import GOLDEN
 LAYOUTS = GOLDEN / "ip_adapter" / "layouts"
 BUFFALO, ANTELOPE = "arcface.buffalo_l.raw.face112", "arcface.antelopev2.raw.face112"
 PHOTO, HEAD, FACE = (f"clip.vit-h-14.penultimate.{crop}" for crop in ("photo", "head", "face224"))
+EVA = ("clip.eva02-l-14-336.projected.ffhq512", "clip.eva02-l-14-336.levels.ffhq512")
 
 # layout -> kind, base, tokens, needs, LoRA rank, guessed
 EXPECTED = {
@@ -32,6 +33,12 @@ EXPECTED = {
     "ip-adapter-faceid-portrait_sd15": ("portrait", "SD1.5", 16, [BUFFALO], 0, False),
     "ip-adapter-faceid-portrait_sdxl": ("portrait", "SDXL", 16, [BUFFALO], 0, False),
     "ip-adapter-faceid-portrait_sdxl_unnorm": ("portrait_unnorm", "SDXL", 16, [BUFFALO], 0, True),
+    "pulid_v1": ("pulid", "SDXL", 10, [ANTELOPE, *EVA], 0, False),
+    "pulid_v1.1": ("pulid_v1_1", "SDXL", 32, [ANTELOPE, *EVA], 0, False),
+    "pulid_flux_v0.9.x": ("pulid_flux", "FLUX.1", 32, [ANTELOPE, *EVA], 0, False),
+    "xlabs_flux_ip_adapter_v1": ("xlabs", "FLUX.1", 4, ["clip.vit-l-14.projected.photo"], 0, False),
+    "xlabs_flux_ip_adapter_v2": ("xlabs", "FLUX.1", 16, ["clip.vit-l-14.projected.photo"], 0, False),
+    "instantx_flux_ip_adapter": ("instantx", "FLUX.1", 128, ["siglip.so400m-14-384.pooled.photo"], 0, False),
     "instantid_ip-adapter": ("instantid", "SDXL", 16, [ANTELOPE], 0, True),
 }
 
@@ -58,7 +65,7 @@ def test_published_layouts_at_full_size(name: str) -> None:
         rank,
     )
     assert guess is guessed
-    assert spec.width == {"SD1.5": 768, "SDXL": 2048}[base]
+    assert spec.width == {"pulid_flux": 2048}.get(kind, {"SD1.5": 768, "SDXL": 2048, "FLUX.1": 4096}[base])
     module = detect.build(spec, renamed, comfy.ops.manual_cast)
     kept = {f"lora.{key}" for key in keymaps.under(renamed, "lora.")} | module.state_dict().keys()
     assert kept == renamed.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from comfyui_likeness.likeness import clip, draw, faces
 from comfyui_likeness.likeness.spec import Feature, Identity, parse_encoder_id
 from comfyui_likeness.nodes import encode
 from comfyui_likeness.nodes.encode import EncodeIdentity, HostEncoder
+from comfyui_likeness.nodes.loaders import image_encoder
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
-from golden import assert_close
+from golden import assert_close, cases
 from portraits import couple, empty, place_of, portrait, stranger
 from torch import Tensor
 
@@ -105,6 +107,40 @@ def test_other_encoders_give_what_their_adapters_read(
     monkeypatch.setitem(clip.ARCHITECTURES, towers.NUMBERS, name)
     encoder = HostEncoder(towers.twin(towers.open_clip()))
     assert layers_of(run(portrait(), face_analyzer=analyzer, image_encoder=encoder)[0]) == wanted
+
+
+@torch.inference_mode()
+def test_clip_l_sees_a_black_picture_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What XLabs' adapter gives the negative prompt: the embedding of a black picture, once for each face."""
+    monkeypatch.setitem(clip.ARCHITECTURES, towers.NUMBERS, "vit-l-14")
+    encoder = HostEncoder(towers.twin(towers.open_clip()))
+    identity, _, _ = run(portrait(), portrait(), pick="whole photo", image_encoder=encoder)
+    assert layers_of(identity) == {"projected.photo", "penultimate.photo", "projected.black"}
+    rows = identity.embeddings[identity.find(Feature("clip.vit-l-14", "projected", "black")) or ""]
+    black = encoder.encode(torch.zeros(1, 64, 64, 3))["projected"]
+    assert torch.equal(rows[0], rows[1]) and torch.allclose(
+        rows[:1].float(), black, atol=2e-3 * float(black.abs().max())
+    )
+
+
+@torch.inference_mode()
+def test_pulids_features_are_levels_of_the_grey_face(
+    analyzer: FaceAnalyzer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cases("ip_adapter", "encoder")["eva_clip_tiny"]
+    torch.save(case.weights(), folder / "clip_vision" / "EVA.pt")
+    monkeypatch.setitem(clip.HEAD_WIDTHS, 32, 16)
+    monkeypatch.setitem(clip.EVA, (32, 21, 14, 42), "eva02-l-14-336")
+    encoder = image_encoder.load("EVA.pt")
+    identity, _, _ = run(portrait(), stranger(), face_analyzer=analyzer, image_encoder=encoder)
+    assert layers_of(identity) == {"projected.ffhq512", "levels.ffhq512"} and identity.zeros == {}
+    for i, photo in enumerate((portrait(), stranger())):
+        (face,) = analyzer.detect(faces.pixels(photo), 640)
+        made = encoder.encode(faces.grey_on_white(photo, face.kps)[None])
+        for layer, size in (("projected", (24,)), ("levels", (5, 10, 32))):
+            key = Feature("clip.eva02-l-14-336", layer, "ffhq512").id(encoder.sha256)
+            assert identity.embeddings[key].shape == (2, *size)
+            assert_close(identity.embeddings[key][i], made[layer][0], 2e-3)
 
 
 def test_without_an_analyzer_only_the_photo_is_encoded(vision: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_likeness.likeness import faces
-from comfyui_likeness.likeness.spec import Face
+from comfyui_likeness.likeness.spec import CROPS, FACE_SIZES, Face
 from comfyui_likeness.tools import standin_faces
 from golden import assert_close, cases
 from portraits import COLLINS, empty, portrait
@@ -80,6 +80,30 @@ def test_every_aligned_crop_can_be_cut_from_the_head(size: int) -> None:
     assert crop.shape == (faces.HEAD, faces.HEAD, 3) and crop.dtype == torch.uint8
     from_head = faces.align(crop.float() / 255, inside.kps, size)
     assert (from_head - faces.align(portrait(), COLLINS.kps, size)).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [512, 2048])
+def test_the_ffhq_crop_puts_the_points_where_facexlib_does(size: int) -> None:
+    scale = size / 512
+    photo = interpolate(portrait().movedim(-1, 0)[None], scale_factor=scale, mode="bilinear")[0].movedim(0, -1)
+    kps = (COLLINS.kps + 0.5) * scale - 0.5
+    matrix = faces.similarity(COLLINS.kps, torch.tensor(faces.FFHQ))
+    found = COLLINS.kps.double() @ matrix[:, :2].T + matrix[:, 2]
+    assert (found - torch.tensor(faces.FFHQ)).abs().max() < 12  # of 512: a face is not the mean one
+    assert (faces.align_ffhq(photo, kps) - faces.warp(portrait(), matrix, 512)).abs().mean() < 0.01
+    beyond = faces.align_ffhq(photo[:, : size // 2], kps)
+    assert torch.allclose(beyond[300, -1] * 255, torch.tensor([132.0, 133.0, 135.0]), atol=0.1)
+
+
+def test_pulid_sees_a_grey_face_on_white() -> None:
+    crop, aligned = faces.CUTS["ffhq512"](portrait(), COLLINS.kps), faces.align_ffhq(portrait(), COLLINS.kps)
+    assert crop.shape == (512, 512, 3) and torch.equal(crop[..., 0], crop[..., 1]) and torch.equal(crop, crop.flip(-1))
+    assert crop[:, :60].min() == 1 and crop[:, -60:].min() == 1 and crop[500:, :].min() == 1
+    inner = torch.tensor(faces.FFHQ).round().long()
+    grey = aligned @ torch.tensor([0.299, 0.587, 0.114])
+    for x, y in inner.tolist():
+        assert torch.equal(crop[y, x, 0], grey[y, x])
+    assert faces.CUTS.keys() == {*FACE_SIZES, "ffhq512"} == {*CROPS} - {"photo", "head"}
 
 
 def test_the_head_is_a_square_of_twice_the_box_around_it() -> None:

@@ -6,13 +6,15 @@ import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import towers
-from comfyui_likeness.likeness import clip
+from comfyui_likeness.likeness import clip, keymaps
 from comfyui_likeness.nodes.encode import HostEncoder
 from comfyui_likeness.nodes.loaders import image_encoder
+from comfyui_likeness.nodes.loaders import towers as towers_of
 from comfyui_likeness.nodes.loaders.image_encoder import LoadImageEncoder
 from golden import assert_close, cases
 from portraits import portrait
@@ -22,6 +24,7 @@ from torch import Tensor
 pytest_plugins = ["analyzers"]
 
 GOLDEN = cases("ip_adapter", "encoder")["clip_vision_tiny"]
+EVA = cases("ip_adapter", "encoder")["eva_clip_tiny"]
 
 
 @pytest.fixture
@@ -128,6 +131,78 @@ def test_architectures_and_heads_are_open_clips() -> None:
         assert tower.state_dict()["transformer.resblocks.0.mlp.c_fc.weight"].shape == (inner, width)
     assert seen >= set(clip.ARCHITECTURES.values())
     assert {"vit-h-14", "vit-bigg-14", "vit-l-14-336"} <= set(clip.ARCHITECTURES.values())
+
+
+def in_open_clips_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = keymaps.rename(keymaps.under(weights, "visual."), keymaps.EVA_CLIP)
+    return {f"visual.trunk.{key}": value for key, value in named.items()}
+
+
+def with_angles(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the published checkpoint has them: the angles in the tower and in every block, and half a text tower."""
+    angles = {f"visual.{place}rope.freqs_cos": torch.ones(9, 16) for place in ("", "blocks.0.attn.", "blocks.7.attn.")}
+    return weights | angles | {"logit_scale": torch.ones(()), "text.token_embedding.weight": torch.ones(7, 4)}
+
+
+@pytest.fixture
+def eva(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for EVA-CLIP's small tower, whose heads are of 16."""
+    monkeypatch.setitem(clip.HEAD_WIDTHS, EVA.config["embed_dim"], 16)
+    return folder / "clip_vision" / "EVA02_tiny.pt"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layout", [with_angles, in_open_clips_names])
+def test_eva_clip_gives_the_official_levels(
+    eva: Path, layout: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    torch.save(layout(EVA.weights()), eva)
+    encoder, stored = image_encoder.load(eva.name), EVA.outputs()
+    assert encoder.architecture == "eva02-32-21-14-42" and encoder.zero() == {}
+    made = encoder._run(EVA.input("pixels"))
+    assert_close(made["projected"], stored["pooled"])
+    assert_close(torch.nn.functional.normalize(made["projected"]), stored["pooled_normed"])
+    assert_close(made["levels"][0], torch.cat([stored[f"hidden_{i}"] for i in range(5)]))
+    assert made["last"].shape == made["penultimate"].shape == (1, 10, 32)
+    assert encoder.encode(portrait()[None])["levels"].shape == (1, 5, 10, 32)
+
+
+def test_eva_clip_at_full_size_is_known_by_its_numbers() -> None:
+    import open_clip
+
+    with torch.device("meta"):
+        trunk = open_clip.create_model("EVA02-L-14-336", pretrained=None, device="meta").visual.trunk  # pyright: ignore
+    tower = towers_of.tower_of({f"trunk.{key}": value for key, value in trunk.state_dict().items()}, "eva.pt", "auto")
+    assert tower.architecture == "eva02-l-14-336" and tower.size == 336
+    shapes = {key: value.shape for key, value in tower.module.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in trunk.state_dict().items()}
+    assert torch.equal(tower.module.rope.pos_embed, eva02().rope.pos_embed)
+
+
+def eva02() -> Any:
+    """timm's own tower of that name, of one block, as its angles need no more."""
+    from timm.models.eva import eva02_large_patch14_clip_336
+
+    return eva02_large_patch14_clip_336(depth=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visual.blocks.3.attn.q_bias": None}, "misses blocks.3.attn.q_proj.bias"),
+        ({"visual.head.weight": None}, "misses 'head.weight'; expected an OpenCLIP checkpoint"),
+        ({"visual.blocks.1.mlp.w4.weight": torch.ones(2)}, "has unknown blocks.1.mlp.w4.weight"),
+        ({f"visual.blocks.{i}": None for i in range(9, 21)}, "an EVA-CLIP of 9 blocks; expected EVA02-CLIP-L-14-336"),
+    ],
+)
+def test_eva_clips_that_are_not_right_are_one_error(eva: Path, change: dict[str, Tensor | None], message: str) -> None:
+    gone = tuple(key for key, value in change.items() if value is None)
+    weights = (
+        {key: value for key, value in EVA.weights().items() if not key.startswith(gone)} if gone else EVA.weights()
+    )
+    torch.save(weights | {key: value for key, value in change.items() if value is not None}, eva)
+    with pytest.raises(ValueError, match=message):
+        image_encoder.load(eva.name)
 
 
 def drop(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:

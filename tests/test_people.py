@@ -116,8 +116,9 @@ def test_each_person_may_have_a_prompt(base: ModelPatcher) -> None:
     assert sample(fused(base, who=cast(halves())), positive=own).isfinite().all()
 
 
-def test_decoupled_terms_are_weighted_by_region(base: ModelPatcher) -> None:
-    given, (left, right) = adapter(), halves()
+@pytest.mark.parametrize("kind", ["image", "pulid"])
+def test_decoupled_terms_are_weighted_by_region(base: ModelPatcher, kind: str) -> None:
+    given, (left, right) = adapter(kind), halves()
     a, b = embedded(given, seed=1), embedded(given, seed=2)
     both = applied(base, given, (Person(a, left), Person(b, right, 0.5)))
     apart = applied(applied(base, given, (Person(a, left),)), given, (Person(b, right),), strength=0.5)
@@ -141,8 +142,9 @@ def first_layer(model: ModelPatcher, run: Any) -> Tensor:
     return seen[-1]
 
 
-def test_a_decoupled_person_changes_nothing_inside_another_ones_mask(base: ModelPatcher) -> None:
-    given, (left, right) = adapter(), halves()
+@pytest.mark.parametrize("kind", ["image", "pulid_v1_1"])
+def test_a_decoupled_person_changes_nothing_inside_another_ones_mask(base: ModelPatcher, kind: str) -> None:
+    given, (left, right) = adapter(kind), halves()
     outs = []
     for seed in (1, 2):
         who = (Person(embedded(given, seed=seed), left), Person(embedded(given, seed=9), right))

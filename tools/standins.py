@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces, standin_flashface
+from . import standin_faces, standin_flashface, standin_flux, standin_omni_id, standin_pulid
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -61,7 +61,7 @@ def weight(key: str, shape: tuple[int, ...]) -> Tensor:
     """A value under which activations stay near unit size: by fan-in, norms at one, biases at zero."""
     if len(shape) < 2:
         return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
-    if "embedding" in key or "latents" in key:
+    if "embedding" in key or "latents" in key or key == "queries":
         return noise(key, shape) * LORA
     fan_in = torch.Size(shape[1:]).numel()
     return noise(key, shape) * (LORA if "_lora." in key else 0.7 / fan_in**0.5)
@@ -129,13 +129,13 @@ def open_clip_text(prefix: str, dtype: torch.dtype, width: int = 1280, layers: i
     return fill(shapes, dtype, prefix)
 
 
-def taesd(scale: float) -> dict[str, Tensor]:
+def taesd(scale: float, shift: float = 0.0, channels: int = 4, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
     """A small VAE that the host knows: TAESD."""
     from comfy.taesd.taesd import Decoder, Encoder
 
-    out = {"first_stage_model.vae_scale": torch.tensor(scale), "first_stage_model.vae_shift": torch.tensor(0.0)}
+    out = {f"{prefix}vae_scale": torch.tensor(scale), f"{prefix}vae_shift": torch.tensor(shift)}
     for name, module in (("taesd_encoder", Encoder), ("taesd_decoder", Decoder)):
-        out |= fill(shapes_of(partial(module, 4)), torch.float32, f"first_stage_model.{name}.")
+        out |= fill(shapes_of(partial(module, channels)), torch.float32, f"{prefix}{name}.")
     last = max((key for key in out if key.endswith(".bias") and "taesd_decoder" in key), key=_number)
     out[last] = out[last] + 0.5  # around grey, or most of the noise would be cut off at black
     return out
@@ -171,28 +171,58 @@ def controlnet(base: dict[str, Any]) -> dict[str, Tensor]:
     return fill(shapes, prefix="control_model.")
 
 
-def clip_vision_h() -> dict[str, Tensor]:
+def flux() -> dict[str, Tensor]:
+    """A short FLUX.1 dev, which reads CLIP-L's text: the real one's second encoder is too large to stand in for."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    operations = comfy.ops.disable_weight_init
+    return fill(shapes_of(lambda: Flux(dtype=torch.float32, operations=operations, **standin_flux.FLUX)))
+
+
+def clip_vision(config: str = "clip_vision_config_h.json") -> dict[str, Tensor]:
+    """An image encoder in the transformers layout, its configuration read from the host; SigLIP's with its head."""
     import comfy.clip_model
     import comfy.ops
 
-    settings = json.loads((Path(comfy.clip_model.__file__).parent / "clip_vision_config_h.json").read_text())
+    settings = json.loads((Path(comfy.clip_model.__file__).parent / config).read_text())
     operations = comfy.ops.disable_weight_init
-    return fill(
-        shapes_of(lambda: comfy.clip_model.CLIPVisionModelProjection(settings, torch.float32, "meta", operations))
-    )
+    shapes = shapes_of(lambda: comfy.clip_model.CLIPVisionModelProjection(settings, torch.float32, "meta", operations))
+    head = standin_flux.pooling_head(settings["hidden_size"], settings["intermediate_size"])
+    return fill(shapes | head if "siglip" in config else shapes)
+
+
+def layout_of(name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a published file."""
+    return {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{name}.json").read_text()).items()}
 
 
 def adapter(layout: str, width: int | None = WIDTH) -> dict[str, Tensor]:
     """A published adapter file from seeds, dotted names; its layers `width` wide, or as published where None."""
-    shapes = {key: tuple(shape) for key, shape in json.loads((LAYOUTS / f"{layout}.json").read_text()).items()}
+    shapes = layout_of(layout)
     return fill(shapes if width is None else {key: narrowed(key, shape, width) for key, shape in shapes.items()})
 
 
 def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
     """A shape with the hidden widths of SD1.5 and SDXL replaced; the text's and the projector's stay."""
-    if not key.startswith("ip_adapter."):
+    if not key.startswith(("ip_adapter.", "id_adapter_attn_layers.")):
         return shape
     return tuple(width if size in (320, 640, 1280) else size for size in shape)
+
+
+def eva_clip() -> dict[str, Tensor]:
+    return fill(standin_pulid.eva_clip())
+
+
+def pulid_flux(base: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PuLID-FLUX for a FLUX of this configuration."""
+    sizes = base["hidden_size"], base["depth"], base["depth_single_blocks"]
+    return fill(standin_pulid.for_flux(layout_of("pulid_flux_v0.9.x"), *sizes))
+
+
+def for_flux(layout: str, text: int = standin_flux.TEXT) -> dict[str, Tensor]:
+    """A published adapter for FLUX that fits the stand-in; `text` narrows the tokens where their projector is huge."""
+    return fill(standin_flux.fitted(layout_of(layout), text=text))
 
 
 def infinite_id(base: dict[str, Any], attentions: int) -> dict[str, Tensor]:
@@ -214,6 +244,10 @@ def flashface(channels: int, width: int = 32) -> dict[str, Tensor]:
     """A FlashFace file; `width` 320 and SD15's own levels are the published size."""
     shapes = unet({**SD15, "model_channels": width, "channel_mult": [1, 2, 4, 4]})
     return standin_flashface.with_aliases(fill(standin_flashface.names(shapes, channels)))
+
+
+def omni_id() -> dict[str, Tensor]:
+    return fill(standin_omni_id.shapes())
 
 
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -252,9 +286,21 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "sd_xl_base_1.0.safetensors": ("checkpoints", checkpoint_sdxl),
     "instantid/diffusion_pytorch_model.safetensors": ("controlnet", partial(controlnet, SDXL)),
     "control_v11f1p_sd15_depth_fp16.safetensors": ("controlnet", partial(controlnet, SD15)),
-    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
+    "flux1-dev.safetensors": ("diffusion_models", flux),
+    "clip_l.safetensors": ("text_encoders", partial(clip_text, "sd1_clip_config.json", "", torch.float16)),
+    "ae.safetensors": ("vae", partial(taesd, 0.3611, 0.1159, 16, "")),
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision),
+    "clip-vit-large-patch14.safetensors": ("clip_vision", partial(clip_vision, "clip_vision_config_vitl.json")),
+    "siglip-so400m-patch14-384.safetensors": ("clip_vision", partial(clip_vision, "clip_vision_siglip_384.json")),
+    "xlabs_flux_ip_adapter_v2.safetensors": ("ipadapter", partial(for_flux, "xlabs_flux_ip_adapter_v2")),
+    "instantx_flux_ip_adapter.bin": ("ipadapter", partial(for_flux, "instantx_flux_ip_adapter", 256)),
+    "omni_id_flux.safetensors": ("likeness", lambda: fill(standin_flux.omni_id())),
+    "omni_id_sd15.safetensors": ("likeness", lambda: fill(standin_flux.omni_id_sd15(WIDTH))),
+    "EVA02_CLIP_L_336_psz14_s6B.pt": ("clip_vision", eva_clip),
+    "pulid_v1.1.safetensors": ("pulid", partial(adapter, "pulid_v1.1")),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
+    "omni_id_vit_h.safetensors": ("likeness", omni_id),
     "flashface.ckpt": ("likeness", partial(flashface, 5)),
     "flashface_inpainting.ckpt": ("likeness", partial(flashface, 9)),
     **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
@@ -264,6 +310,14 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
 TOLD = {
     "infinite_id_sdxl.safetensors": {
         "kind": "infinite_id", "version": 1, "base": "SDXL", "unconditional": "zero", "notes": {"trained": "no"},
+    },
+    "omni_id_vit_h.safetensors": standin_omni_id.TOLD,
+    **{
+        f"omni_id_{file}.safetensors": {
+            "kind": "omni_id_adapter", "version": 1, "base": base, "tokens": standin_flux.OMNI_TOKENS,
+            "unconditional": "none", "notes": {"trained": "no"},
+        }
+        for file, base in (("flux", "FLUX.1"), ("sd15", "SD1.5"))
     },
 }  # fmt: skip
 

@@ -17,8 +17,10 @@ from ...likeness.blocks import Block
 
 OUTPUT = "attn1_output"
 ATTENDED = "likeness_attended"
+GIVEN = "likeness_given"  # in a layer's options: what its attention gave, ahead of all terms
 KEYS = "likeness_keys"  # in a layer's options: the keys and values that it reads, of all rows
 WHOLE = "likeness_whole"  # in a layer's options: height and width of the latent, where a guider tells
+HERE = "likeness_here"  # in a layer's options: height and width of the latent that the model sees
 
 TEXT_ROLE = "text of "  # how the role of a text stream's chunk begins; its prompt's name follows
 
@@ -27,16 +29,17 @@ Blocks = tuple[Block, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """One attention of a UNet: its name, the host's block ("input", 4), its depth, and if others follow.
+    """One place of a model: its name, the host's block ("input", 4), its depth, and if others follow.
 
     At "attn1" and "attn2" a term is added to what the attention gives, ahead of the layer's own output projection; at
     OUTPUT to what a self-attention gives behind it.
+    FLUX has places of its own (dit.py).
     """
 
     name: str
     block: tuple[str, int]
-    depth: int
-    deep: bool
+    depth: int = 0
+    deep: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
@@ -204,7 +207,8 @@ class Term(Injection):
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
 
-        `q` are the queries; at OUTPUT, the layer's input, while options[ATTENDED] is what the layer made of it.
+        `q` are the queries, options[GIVEN] what they were given; at OUTPUT, `q` is the layer's input, while
+        options[ATTENDED] is what the layer made of it. FLUX has its queries split into heads (dit.py).
         """
 
 

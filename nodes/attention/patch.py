@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...likeness.guidance import guide
 from . import streams
-from .injection import OUTPUT, TEXT_ROLE, WHOLE, Branch, Call, Injection, Place
+from .dit import CELLS, EVERYTHING, PICTURE, QUERIED, STREAM, Joint, behind, keep_queries
+from .injection import HERE, OUTPUT, TEXT_ROLE, WHOLE, Branch, Call, Injection, Place
 from .slots import KEY, Active, Now, Output, Slot, keep_input
 
 OPTIONS = "transformer_options"
@@ -28,14 +29,26 @@ OPTIONS = "transformer_options"
 CONDS, BRANCHES = "likeness_conds", "likeness_branches"
 ROLES, TEXT, SIGMA = "likeness_roles", "likeness_text", "likeness_sigma"
 
+# Places behind an attention: what keeps what their terms read as it begins, and what adds these to its result.
+FOLLOWERS: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
+    OUTPUT: (keep_input, Output), PICTURE: (keep_queries, Joint), EVERYTHING: (keep_queries, Joint),
+    QUERIED: (keep_queries, None),
+}  # fmt: skip
+AROUND = (QUERIED, STREAM)  # places behind a whole block
+
 Options = Mapping[str, Any]
 
 
 def host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mask: Tensor | None = None) -> Tensor:
-    """The host's attention backend on [B, N, hidden], as its own layers call it."""
+    """The host's attention backend on [B, N, hidden], as its own layers call it; of FLUX q is [B, heads, N, C]."""
+    split = q.ndim == 4
+    heads = q.shape[1] if split else options["n_heads"]
+    if split:
+        k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (k, v))
     return optimized_attention(
-        q, k, v, options["n_heads"], mask, attn_precision=options.get("attn_precision"), transformer_options=options
-    )
+        q, k, v, heads, mask, attn_precision=options.get("attn_precision"), skip_reshape=split,
+        transformer_options=options,
+    )  # fmt: skip
 
 
 def attach(
@@ -46,14 +59,17 @@ def attach(
     The given model and all its other clones stay as they are.
     """
     patched = model.clone()
-    slots = [place for place in injection.places if place.name != OUTPUT]
-    for place in slots:
-        _stand(patched, place, injection)
-    if len(slots) < len(injection.places):
-        patches = patched.model_options["transformer_options"].setdefault("patches", {})
-        if keep_input not in patches.get("attn1_patch", ()):
-            patches["attn1_patch"] = [keep_input, *patches.get("attn1_patch", ())]  # before anyone changes it
-        patched.set_model_attn1_output_patch(Output(injection))
+    for place in injection.places:
+        if place.name in AROUND:
+            _surround(patched, place, injection)
+        elif place.name not in FOLLOWERS:
+            _stand(patched, place, injection)
+    for keep, follower in {FOLLOWERS[place.name] for place in injection.places if place.name in FOLLOWERS}:
+        patches = patched.model_options[OPTIONS].setdefault("patches", {})
+        if keep not in patches.get("attn1_patch", ()):
+            patches["attn1_patch"] = [keep, *patches.get("attn1_patch", ())]  # before anyone changes it
+        if follower is not None:
+            patched.set_model_attn1_output_patch(follower(injection))
     patched.set_additional_models(f"{KEY}.{id(injection)}", injection.patchers)
     before = _hooks(model)
     hooks = Hooks(
@@ -68,7 +84,7 @@ def attach(
 
 
 def _stand(patched: ModelPatcher, place: Place, injection: Injection) -> None:
-    replaced = patched.model_options["transformer_options"].get("patches_replace", {})
+    replaced = patched.model_options[OPTIONS].get("patches_replace", {})
     here, exact = replaced.get(place.name, {}), (*place.block, place.depth)
     key = exact if exact in here else place.key  # the host looks for the exact one first
     found = here.get(key, here.get(place.block))
@@ -77,6 +93,33 @@ def _stand(patched: ModelPatcher, place: Place, injection: Injection) -> None:
     else:
         slot = Slot(place, host_attention, found, (injection,))
     patched.set_model_patch_replace(slot, place.name, *key)
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What stands around one FLUX block: what we found there, and the injections that add to its stream behind it."""
+
+    block: tuple[str, int]
+    base: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None
+    injections: tuple[Injection, ...]
+
+    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        out = extra["original_block"](args) if self.base is None else self.base(args, extra)
+        return {**out, "img": behind(self.block, self.injections, out["img"], args[OPTIONS])}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+        return self
+
+
+def _surround(patched: ModelPatcher, place: Place, injection: Injection) -> None:
+    side, index = place.block
+    key = f"{side}_block", index
+    found = patched.model_options[OPTIONS].get("patches_replace", {}).get("dit", {}).get(key)
+    if not isinstance(found, Around):
+        found = Around(place.block, found, ())
+    if injection not in found.injections:
+        around = Around(place.block, found.base, (*found.injections, injection))
+        patched.set_model_patch_replace(around, "dit", *key)
 
 
 def injections(model: ModelPatcher) -> tuple[Injection, ...]:
@@ -212,6 +255,10 @@ class Hooks:
         if self.stream == streams.SHARED:
             index = torch.arange(len(given), device=given.device).view(chunks, 1, -1).repeat(1, 2, 1).flatten()
             args, kwargs = streams.within((args, kwargs), len(given), index, options)
+        options[HERE] = tuple(given.shape[-2:])
+        cell = getattr(executor.class_obj, "patch_size", None)  # FLUX's, which fills the last cell up
+        if cell is not None:
+            options[CELLS] = tuple(-(-side // cell) for side in options[HERE])
         call = _call(args[0], args[1], options, self.stream)
         active: dict[int, Active] = {}
         for injection in self.injections:

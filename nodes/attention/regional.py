@@ -7,27 +7,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...likeness import regions
-from .injection import WHOLE, Bank, Call
+from .dit import CELLS
+from .injection import HERE, WHOLE, Bank, Call
 
 
 def grid(options: dict[str, Any]) -> tuple[int, int]:
     """The height and width of a layer. Raises ValueError where the model sees a part of the picture alone."""
-    whole, here = options.get(WHOLE), tuple(options["original_shape"][-2:])
+    whole, here = options.get(WHOLE), options[HERE]
     if whole is not None and here != whole:
         raise ValueError(
             f"got a prompt for an area of {here[1]}x{here[0]} of a latent of {whole[1]}x{whole[0]}, and people with "
             "masks; expected prompts for the whole picture; give the prompt a mask instead of an area"
         )
-    height, width = options["activations_shape"][-2:]
+    height, width = options[CELLS] if CELLS in options else options["activations_shape"][-2:]
     return height, width
 
 
 def warn(masks: Sequence[Tensor | None], options: dict[str, Any], cells: bool) -> None:
     """Say which masks are of another shape than the picture, and which are too small for a layer's cells."""
     height, width = grid(options)
-    tall, wide = options["original_shape"][-2:]
+    tall, wide = options[HERE]
     for number, mask in enumerate(masks, 1):
         if mask is None:
             continue
@@ -56,8 +58,11 @@ def visible(bank: Bank, masks: Sequence[Tensor | None], outside: str, options: d
     return bank.get(("visible", grid(options)), look)
 
 
-def cover(bank: Bank, mask: Tensor | None, call: Call, options: dict[str, Any]) -> Tensor | float:
-    """The factor [1 or rows of all chunks, N, 1] by which a person's term counts at each query. Once per run."""
+def cover(bank: Bank, mask: Tensor | None, call: Call, options: dict[str, Any], queries: int = 0) -> Tensor | float:
+    """The factor [1 or rows of all chunks, N, 1] by which a person's term counts at each query. Once per run.
+
+    Of more `queries` than the picture has, the first are the text's, which lie in no region.
+    """
     if mask is None:
         return 1.0
 
@@ -65,6 +70,7 @@ def cover(bank: Bank, mask: Tensor | None, call: Call, options: dict[str, Any]) 
         warn([mask], options, cells=False)
         share = regions.for_rows(regions.cover(mask, *grid(options)), call.rows)
         share = share.repeat(len(call.roles), 1) if len(share) > 1 else share
+        share = pad(share, (max(queries - share.shape[1], 0), 0))
         return share[..., None].to(call.device, call.dtype)
 
-    return bank.get(("cover", id(mask), grid(options), call), look)
+    return bank.get(("cover", id(mask), grid(options), queries, call), look)

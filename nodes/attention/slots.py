@@ -7,14 +7,14 @@ need at a layer was laid out before the model ran (Now).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...likeness.blocks import Block, attend_blocks, group
-from .injection import ATTENDED, KEYS, Bank, Blocks, Call, Extension, Injection, Place, Term
+from .injection import ATTENDED, GIVEN, KEYS, Bank, Blocks, Call, Extension, Injection, Place, Term
 
 KEY = "likeness"  # in the options of a call: what is going on, a Now
 READ = "likeness_read"
@@ -36,11 +36,13 @@ class Now:
     """A call of the model, and the injections that are on during it, by their id.
 
     `picture` [rows, 1, 1] is 1 at the picture's rows and 0 at a text stream's; None where there is no such stream.
+    `queries` holds those of the FLUX block that runs, [B, heads, N, C], the text's first.
     """
 
     call: Call
     active: Mapping[int, Active]
     picture: Tensor | None
+    queries: list[Tensor] = field(default_factory=list)
 
     def state(self, injection: Injection, place: Place) -> Any:
         """What an injection has laid out for a place; None where it has nothing to do there."""
@@ -48,7 +50,8 @@ class Now:
         return None if active is None else active.states.get(place)
 
 
-def _now(options: dict[str, Any]) -> Now:
+def now_of(options: dict[str, Any]) -> Now:
+    """What is going on in a call. Raises RuntimeError where it did not come by way of the wrappers."""
     now = options.get(KEY)
     if now is None:
         raise RuntimeError(
@@ -57,9 +60,9 @@ def _now(options: dict[str, Any]) -> Now:
     return now
 
 
-def _terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
+def and_terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
     """The result of an attention with what the injections add to it."""
-    now = _now(options)
+    now = now_of(options)
     for injection in injections:
         state = now.state(injection, place)
         if state is not None and isinstance(injection, Term):
@@ -80,12 +83,12 @@ class Slot:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         options[KEYS] = k, v
-        out = self._attend(q, k, v, options)
-        return _terms(self.injections, self.place, q, out, options)
+        options[GIVEN] = out = self._attend(q, k, v, options)
+        return and_terms(self.injections, self.place, q, out, options)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """The attention, each chunk of rows over the blocks that the extensions make for it."""
-        now, extensions = _now(options), [i for i in self.injections if isinstance(i, Extension)]
+        now, extensions = now_of(options), [i for i in self.injections if isinstance(i, Extension)]
         laid = [(i, state) for i in extensions if (state := now.state(i, self.place)) is not None]
         if not laid:
             return self._host(q, k, v, options) if self.base is None else self.base(q, k, v, options)
@@ -143,7 +146,7 @@ class Output:
         if place is None:
             return n
         options.setdefault(ATTENDED, n)
-        return _terms((self.injection,), place, options[READ], n, options)
+        return and_terms((self.injection,), place, options[READ], n, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Output:
         return self

@@ -9,7 +9,9 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
+from ...likeness import curves
 from ...likeness.spec import AdapterSpec
+from .injection import Place
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,18 @@ class Site:
     key: str
     hidden: int
     context: int
+
+    @property
+    def name(self) -> str:
+        """The cross-attention's name in adapter files."""
+        return str(self.number)
+
+    @property
+    def place(self) -> Place:
+        return Place("attn2", self.block, self.depth, self.deep)
+
+    def layer(self, base: str) -> curves.Layer:
+        return curves.Layer(self.transformer, self.transformers, self.block[0], base)
 
 
 SIDES = (("input", "input_blocks"), ("middle", "middle_block"), ("output", "output_blocks"))  # running order
@@ -84,7 +98,7 @@ def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
     """The model's cross-attentions, if the adapter was made for such a model. Raises ValueError if not."""
     found = sites(model.model.diffusion_model)
     widths = tuple(site.hidden for site in found)
-    if widths != spec.layers or any(site.context != spec.width for site in found):
+    if widths != spec.layers or (spec.as_text and any(site.context != spec.width for site in found)):
         context = found[0].context if found else 0
         raise ValueError(
             f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "

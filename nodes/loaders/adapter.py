@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import comfy.ops
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
 
-from ...likeness import detect, infinite_id, keymaps
+from ...likeness import detect, infinite_id, keymaps, omni_id
 from ...likeness import fused as fused_math
+from ...likeness import omni_adapter as omni_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import care, files, fused, mixed
+from . import care, files, fused, mixed, omni_adapter
 
-FOLDERS = ("ipadapter", "instantid", "likeness")
+FOLDERS = ("ipadapter", "instantid", "pulid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
 FLASHFACE = "ref_encoder.0.weight"
 
-# The width of a CLIP vision tower's class embedding, under the names of its two layouts.
+# What tells an image encoder's network: a tensor's shape, under the names of its layouts; its title; what loads it.
 CLASS_EMBEDDINGS = ("vision_model.embeddings.class_embedding", "visual.class_embedding")
-CLIP_WIDTHS = {"clip.vit-h-14": 1280, "clip.vit-bigg-14": 1664}
+TOWERS: dict[str, tuple[tuple[str, ...], list[int], str, str]] = {
+    "clip.vit-l-14": (CLASS_EMBEDDINGS, [1024], "CLIP", "Load CLIP Vision"),
+    "clip.vit-h-14": (CLASS_EMBEDDINGS, [1280], "CLIP", "Load CLIP Vision"),
+    "clip.vit-bigg-14": (CLASS_EMBEDDINGS, [1664], "CLIP", "Load CLIP Vision"),
+    "clip.eva02-l-14-336": (
+        ("visual.pos_embed", "visual.trunk.pos_embed"),
+        [1, 577, 1024],
+        "CLIP",
+        "Load Image Encoder",
+    ),
+    "siglip.so400m-14-384": (("vision_model.head.probe",), [1, 1, 1152], "SigLIP", "Load Image Encoder"),
+}
+UNKNOWN = ((), [], "CLIP", "Load CLIP Vision")
 CROPS = {
     "photo": "the whole photo",
     "head": "the head with a margin",
+    "ffhq512": "the aligned head in grey on white",
     "face112": "the aligned face, 112 pixels",
     "face224": "the aligned face, 224 pixels",
 }
 
 
 # Files of the pack's own say in their metadata what they are: what loads each kind.
-OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load}
+OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load, omni_math.KIND: omni_adapter.load}
 
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
@@ -38,6 +51,8 @@ def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.
     told = files.told(path)
     if told is not None:
         kind = told.get("kind")
+        if kind == omni_id.KIND:
+            raise ValueError(f"got {file}, an Omni-ID encoder; expected an adapter; load it with Load Omni-ID Encoder")
         if kind not in OWN:
             raise ValueError(f"got {file}, a file of this pack of kind {kind!r}; expected {', '.join(OWN)}")
         return OWN[kind](files.read(path), told, file)
@@ -57,7 +72,7 @@ def report(spec: AdapterSpec, file: str, guessed: bool) -> str:
         lines.append("This kind was guessed from the file's name, as its tensors fit several: set variant to be sure.")
     if spec.lora_rank:
         lines.append(f"Brings its own LoRA of rank {spec.lora_rank}; no second file is needed.")
-    lines += [_need(feature) for feature in spec.needs]
+    lines += dict.fromkeys(_need(feature) for feature in spec.needs)  # two layers of one network are one line
     return "\n".join(lines)
 
 
@@ -72,19 +87,10 @@ def _need(feature: Feature) -> str:
         there = any((root / "models" / which).is_dir() for root in files.roots("insightface"))
         where = "found" if there else f"missing: put the folder {which} into models/insightface/models"
         return f"Needs face embeddings of {which} (Load Face Analyzer) of {crop}: {where}."
-    found = [name for name in files.names("clip_vision") if _class_width(name) == CLIP_WIDTHS.get(feature.network)]
+    names, shape, kind, loader = TOWERS.get(feature.network, UNKNOWN)
+    found = [name for name in files.names("clip_vision") if names and files.shape(name, "clip_vision", names) == shape]
     where = f"found as {', '.join(found)}" if found else "missing: put one into models/clip_vision"
-    return f"Needs CLIP {which} (Load CLIP Vision) of {crop}: {where}."
-
-
-def _class_width(name: str) -> int | None:
-    """The width of a CLIP vision file, read from its header alone."""
-    try:
-        with safe_open(files.find(name, "clip_vision"), "pt") as tensors:
-            key = next((key for key in CLASS_EMBEDDINGS if key in tensors.keys()), None)  # noqa: SIM118
-            return None if key is None else tensors.get_slice(key).get_shape()[-1]
-    except (SafetensorError, OSError, ValueError):
-        return None
+    return f"Needs {kind} {which} ({loader}) of {crop}: {where}."
 
 
 class LoadAdapter(io.ComfyNode):
@@ -94,15 +100,15 @@ class LoadAdapter(io.ComfyNode):
             node_id="LikenessLoadAdapter",
             display_name="Load Identity Adapter",
             category="likeness/loaders",
-            description="Loads any file of the IP-Adapter, FaceID and InstantID family, and the pack's own fused KV "
-            "files. What it is, is read from the file; the report says which base model and encoders it needs.",
-            search_aliases=["ipadapter", "faceid", "instantid", "portrait", "fused"],
+            description="Loads any file of the IP-Adapter, FaceID, InstantID and PuLID family, for SD1.5, SDXL and "
+            "FLUX, and the pack's own files. What it is, is read from the file; the report says which base model and "
+            "encoders it needs.",
+            search_aliases=["ipadapter", "faceid", "instantid", "pulid", "portrait", "fused"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names(*FOLDERS),
-                    tooltip="Adapter file from models/ipadapter, models/instantid or models/likeness (.safetensors or "
-                    ".bin).",
+                    tooltip="Adapter file from models/ipadapter, instantid, pulid or likeness (.safetensors or .bin).",
                 ),
                 io.Combo.Input(
                     "variant",

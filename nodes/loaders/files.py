@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,20 @@ def read(path: Path) -> dict[str, Tensor]:
             f"got {path.name}, whose tensor {broken} holds NaN or infinity; expected finite weights; download it again"
         )
     return tensors
+
+
+def shape(name: str, folder: str, keys: Sequence[str]) -> list[int] | None:
+    """The shape of a file's tensor that has one of these names, read without its weights; None where it has none."""
+    try:
+        path = find(name, folder)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                key = next((key for key in keys if key in tensors.keys()), None)  # noqa: SIM118
+                return None if key is None else list(tensors.get_slice(key).get_shape())
+        tensors = flatten(torch.load(path, map_location="meta", mmap=True, weights_only=True))
+        return next((list(tensors[key].shape) for key in keys if key in tensors), None)
+    except Exception:  # whatever is wrong with it, `read` says
+        return None
 
 
 def told(path: Path) -> dict[str, Any] | None:
