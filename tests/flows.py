@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ APPLY: dict[str, dict[str, Any]] = {
     "LikenessApplyReference": {"strength": 0.0, "face_position": None},
     "LikenessApplyFused": {"strength": 0.0},
     "LikenessApplyMixed": {"strength": 0.0},
+    "LikenessPrompt": {"strength": 0.0},
 }
 
 Prompt = dict[str, Any]
@@ -48,15 +50,38 @@ def small(name: str, **changes: dict[str, Any]) -> Prompt:
 
 
 def bare(prompt: Prompt) -> Prompt:
-    """The prompt without its Apply nodes: whoever took their model takes the one that they took."""
-    gone = {key: node for key, node in prompt.items() if node["class_type"] in APPLY}
-    rest = {key: copy.deepcopy(node) for key, node in prompt.items() if key not in gone}
+    """The prompt without its Apply nodes: whoever took their model takes the one that they took.
+
+    A prompt with a person becomes one of ComfyUI's own that says the class word.
+    """
+    gone = {key: node for key, node in prompt.items() if node["class_type"] in APPLY and "model" in node["inputs"]}
+    rest: Prompt = {}
+    for key, node in prompt.items():
+        if node["class_type"] == "LikenessPrompt":
+            rest |= said(key, node["inputs"])
+        elif key not in gone:
+            rest[key] = copy.deepcopy(node)
     for node in rest.values():
         for name, value in node["inputs"].items():
             while isinstance(value, list) and value[0] in gone:
                 value = gone[value[0]]["inputs"]["model"]
             node["inputs"][name] = value
     return rest
+
+
+def said(key: str, given: dict[str, Any]) -> Prompt:
+    """ComfyUI's own nodes that encode a prompt with the class word for each `@name`."""
+    word, text = given["class_word"], given["text"]
+    if isinstance(text, str):
+        text, more = re.sub(r"@\w+", word, text), {}
+    else:
+        more = {f"{key}_text": made("StringReplace", string=text, find="@anna", replace=word)}
+        text = [f"{key}_text", 0]
+    return more | {key: made("CLIPTextEncode", clip=given["clip"], text=text)}
+
+
+def made(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
 
 
 def pixels(server: Server, entry: dict[str, Any]) -> np.ndarray:

@@ -63,7 +63,10 @@ GROUPS = (
         (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced", "LoadImage"),
     ),
     Group("Model and prompt", 1, "#6b5b95", (
-        "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning")),
+        "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning",
+        "PrimitiveStringMultiline", "RegexExtract")),
+    Group("Identity into the prompt", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
+        "LoadAdaFace", "Prompt", "SaveEmbedding")) + ("StringReplace",)),
     Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
         "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference", "ZeroShotFused",
         "ApplyFused", "ApplyMixed"))),
@@ -107,6 +110,12 @@ ABOUT = {
     "AdaIN-mean, with AdaIN. Its authors have published no weights: train an adapter, or take one that others trained.",
     "infinite_id_interpolation": "From one person to another in four pictures, by Infinite-ID: the strengths say how "
     "much of each.",
+    "adaface_scenes": "A person in five scenes, by AdaFace: @anna in each line of the schedule stands for the person, "
+    "as sixteen words. The model is not patched at all.",
+    "adaface_embedding": "Keeps a person as an embedding file and paints by that file alone: from then on any SD1.5 "
+    "interface paints this person by the word embedding:anna.",
+    "adaface_group_depth": "Three people in one prompt, by AdaFace, where a depth map has them: ComfyUI's own "
+    "ControlNet reads the same words.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
     "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
@@ -114,7 +123,7 @@ ABOUT = {
 }
 HUGGING_FACE = "https://huggingface.co"
 FACE_MODELS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
-# Where a file comes from (empty: of your own training), and the folder under models/ that it goes to.
+# Where a file comes from (empty: of your own training; a page: to be converted), and the folder that it goes to.
 MODELS = {
     "v1-5-pruned-emaonly-fp16.safetensors": (
         f"{HUGGING_FACE}/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
@@ -151,10 +160,14 @@ MODELS = {
         "controlnet",
     ),
     "infinite_id_sdxl.safetensors": ("", "likeness"),
+    "adaface_sd15.safetensors": ("https://github.com/askerlee/AdaFace", "likeness"),
+    "arc2face_encoder.bin": (f"{HUGGING_FACE}/FoivosPar/Arc2Face/resolve/main/encoder/pytorch_model.bin", "likeness"),
     "flashface.ckpt": (f"{HUGGING_FACE}/shilongz/FlashFace-SD1.5/resolve/main/flashface.ckpt", "likeness"),
     "buffalo_l": (f"{FACE_MODELS}/buffalo_l.zip", "insightface/models"),
     "antelopev2": (f"{FACE_MODELS}/antelopev2.zip", "insightface/models"),
 }
+
+CONVERT = "python -m tools.convert_adaface in.pt out.safetensors"
 
 Prompt = dict[str, Any]
 Workflow = dict[str, Any]
@@ -203,8 +216,14 @@ def note(name: str, prompt: Prompt) -> str:
     for file in files(prompt):
         url, folder = MODELS[file]
         name = f"[{file}]({url})" if url else f"{file}, of your own training,"
-        lines.append(f"- {name} in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
+        how = " (unpacked)" if url.endswith(".zip") else "" if direct(url) or not url else f", made by `{CONVERT}`"
+        lines.append(f"- {name} in `models/{folder}`{how}")
     return "\n".join(lines)
+
+
+def direct(url: str) -> bool:
+    """Whether an address is that of the file itself."""
+    return url.endswith(demo.WEIGHTS)
 
 
 def finish(name: str, prompt: Prompt, opened: frontend.Opened) -> Workflow:
@@ -250,7 +269,7 @@ def _finished_node(node: dict[str, Any], sizes: dict[str, list[int]]) -> dict[st
     models = [
         {"name": file, "url": url, "directory": folder}
         for file, (url, folder) in ((file, MODELS[file]) for file in named)
-        if url and not url.endswith(".zip")
+        if direct(url)
     ]
     if models:
         properties["models"] = models
