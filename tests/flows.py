@@ -18,6 +18,8 @@ WORKFLOWS = ROOT / "workflows"
 NAMES = demo.names()
 SMALL: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": 128, "height": 128},
+    "EmptySD3LatentImage": {"width": 128, "height": 128},
+    "LikenessTemplateKeyPoints": {"width": 128, "height": 128},
     "LikenessFaceKeyPoints": {"width": 128, "height": 128},
     "ImageScale": {"width": 128, "height": 128},
     "KSampler": {"steps": 2},
@@ -42,7 +44,7 @@ def workflow(name: str) -> dict[str, Any]:
 
 def small(name: str, **changes: dict[str, Any]) -> Prompt:
     """A prompt of the repository for a small picture in few steps; `changes` are inputs by class, None removes one."""
-    prompt = copy.deepcopy(demo.read(name))
+    prompt = demo.for_stand_ins(copy.deepcopy(demo.read(name)))
     for node in prompt.values():
         inputs = node["inputs"] | SMALL.get(node["class_type"], {}) | changes.get(node["class_type"], {})
         node["inputs"] = {key: value for key, value in inputs.items() if value is not None}
