@@ -29,6 +29,7 @@ class Case:
     three: bool = False
     resolution: int = 256
     pictures: int = 1
+    prompt: Any = None
 
     def run(self, steps: int, callback: Callable[..., None] | None = None) -> Any:
         import comfy.samplers
@@ -36,7 +37,8 @@ class Case:
         import torch
 
         self.before()
-        prompts = [[[torch.full((1, 77, 768), value), {}]] for value in (0.1, 0.0, -0.1)]
+        texts = [torch.full((1, 77, 768), value) for value in (0.1, 0.0, -0.1)]
+        prompts = [[[text, {}]] for text in (texts[0] if self.prompt is None else self.prompt, *texts[1:])]
         if self.three:
             guider: Any = custom.Guider_DualCFG(self.model)
             guider.set_conds(prompts[0], prompts[1], prompts[2])

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, str | None]] = {
     "instantid": {"sd15": None, "sdxl": "instantid_ip-adapter"},
 }
 FACES = {"portrait": 5}
-METHODS = ("flashface", "fused", "mixed", "flux")  # those with a module and a table of their own
+METHODS = ("flashface", "fused", "mixed", "adaface", "flux")  # those with a module and a table of their own
 BARE = "bare model"
 FULL = {"sd15": {"channel_mult": [1, 2, 4, 4]}, "sdxl": {"channel_mult": [1, 2, 4]}}
 
