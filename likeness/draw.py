@@ -1,4 +1,4 @@
-"""Drawing on pictures, in plain torch: numbered boxes, and the key points that InstantID's ControlNet reads."""
+"""Drawing on pictures, in plain torch: numbered boxes, InstantID's key points, maps of people and of attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate, pad
 from .spec import Face
 
 Colour = tuple[float, float, float]
-CHOSEN, FOUND = (0.2, 0.9, 0.3), (1.0, 0.6, 0.1)
+CHOSEN, FOUND, PLAIN = (0.2, 0.9, 0.3), (1.0, 0.6, 0.1), (1.0, 1.0, 1.0)
 DARK = 0.15  # what is left of a picture behind a sign
 
 # Five by seven pixels a sign, a row a string.
@@ -40,6 +40,12 @@ PEOPLE: dict[str, Colour] = {
     "violet": (0.62, 0.40, 0.85), "teal": (0.20, 0.75, 0.78), "pink": (0.95, 0.50, 0.70), "brown": (0.60, 0.45, 0.30),
 }  # fmt: skip
 NOBODY, SHARED = 0.22, 1.0
+
+# From what is not looked at to what is looked at most, and how much of the picture that hides.
+HEAT: tuple[Colour, ...] = (
+    (0.05, 0.05, 0.35), (0.15, 0.45, 0.85), (0.2, 0.8, 0.4), (0.95, 0.85, 0.2), (0.9, 0.15, 0.1),
+)  # fmt: skip
+HEATED = 0.75
 
 
 def _grid(height: int, width: int) -> Tensor:
@@ -73,13 +79,30 @@ def mark(picture: Tensor, face: Face, text: str, colour: Colour) -> Tensor:
         out[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = ink
     for x, y in face.kps.round().int().tolist():
         out[max(0, y - thick) : max(0, y + thick + 1), max(0, x - thick) : max(0, x + thick + 1)] = ink
-    sign = pad(text_mask(text, thick + 1), (thick + 1, 0, thick + 1, thick + 1))
+    sign = _sign(text, thick + 1)
     above = y0 - thick - sign.shape[0]
     left, top = max(0, min(x0, width - sign.shape[1])), max(0, min(above, height - sign.shape[0]))
-    sign = sign[: height - top, : width - left]
-    patch = out[top : top + sign.shape[0], left : left + sign.shape[1]]
-    patch.copy_(torch.where(sign[..., None], ink, patch * DARK))
+    _stamp(out, sign, left, top, colour)
     return out
+
+
+def labelled(picture: Tensor, text: str) -> Tensor:
+    """A picture [H, W, 3] with a line of digits in its upper left corner, as far as there is room."""
+    out = picture.clone()
+    _stamp(out, _sign(text, max(1, round(picture.shape[0] / 112))), 0, 0, PLAIN)
+    return out
+
+
+def _sign(text: str, scale: int) -> Tensor:
+    """A line of digits with a margin, as a mask."""
+    return pad(text_mask(text, scale), (scale, 0, scale, scale))
+
+
+def _stamp(out: Tensor, sign: Tensor, left: int, top: int, colour: Colour) -> None:
+    """Write a sign into a picture, on dark."""
+    sign = sign[: out.shape[0] - top, : out.shape[1] - left, None]
+    patch = out[top : top + sign.shape[0], left : left + sign.shape[1]]
+    patch.copy_(torch.where(sign, torch.tensor(colour, dtype=out.dtype), patch * DARK))
 
 
 def key_points(faces: list[Tensor], height: int, width: int) -> Tensor:
@@ -118,6 +141,17 @@ def ownership(covers: list[Tensor | None], height: int, width: int) -> Tensor:
             total = total + cover[..., None]
     several = (total - 1).clamp(0, 1)
     return (out * (1 - several) + SHARED * several).clamp(0, 1)
+
+
+def heated(pictures: Tensor, heat: Tensor) -> Tensor:
+    """Pictures [n, H, W, 3] under what is looked at in them, [n, h, w], relative to the most in any: [n, H, W, 3]."""
+    share = (heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))[:, None]
+    share = interpolate(share, pictures.shape[1:3], mode="bilinear").movedim(1, -1)
+    place = share * (len(HEAT) - 1)
+    colours, low = torch.tensor(HEAT), place.long().clamp(max=len(HEAT) - 2)[..., 0]
+    colour = torch.lerp(colours[low], colours[low + 1], place - low[..., None])
+    grey = pictures.mean(-1, keepdim=True)
+    return torch.lerp(grey.expand_as(pictures), colour, HEATED * share.sqrt())
 
 
 def enlarged(picture: Tensor, height: int, width: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import sphere
+from .shared import Shared, shared
 from .spec import Identity, parse_encoder_id
 
 # Photos of one person have ArcFace cosines of about 0.4 to 0.8, of two people of less than 0.25.
@@ -75,56 +76,6 @@ def pictured(identity: Identity) -> tuple[Tensor, list[int]]:
     if not kept:
         raise ValueError(f"identity {identity.name!r} has only faces of weight 0; give one of them a weight")
     return identity.crop, kept
-
-
-@dataclass(frozen=True)
-class Shared:
-    """`keys` maps the result's encoder ids to each identity's own id of that feature; `notes` say what was dropped."""
-
-    keys: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...]
-
-
-def shared(identities: Sequence[Identity]) -> Shared:
-    """The embeddings that all identities hold.
-
-    Where encoder files differ the most common id names the result, and a note warns. Raises ValueError where nothing
-    is shared.
-    """
-    if not identities:
-        raise ValueError("got no identity; expected at least one; connect one")
-    keys: dict[str, tuple[str, ...]] = {}
-    notes: list[str] = []
-    for feature in dict.fromkeys(parse_encoder_id(key)[0] for identity in identities for key in identity.embeddings):
-        own = [identity.find(feature) for identity in identities]
-        held = [key for key in own if key is not None]
-        if len(held) < len(own):
-            lacking = ", ".join(_label(identities, i) for i, key in enumerate(own) if key is None)
-            notes.append(f"Dropped {feature}: {lacking} lacks it.")
-            continue
-        shapes = {tuple(identity.embeddings[key].shape[1:]) for identity, key in zip(identities, held, strict=True)}
-        if len(shapes) > 1:
-            notes.append(f"Dropped {feature}: its shapes differ ({', '.join(map(str, sorted(shapes)))}).")
-            continue
-        if len(set(held)) > 1:
-            hashes = ", ".join(sorted({key[-8:] for key in held}))
-            notes.append(f"Warning: {feature} comes from different encoder files ({hashes}); the result may be off.")
-        keys[max(sorted(set(held)), key=held.count)] = tuple(held)
-    if not keys:
-        have = "; ".join(f"{_label(identities, i)} holds {_holds(identity)}" for i, identity in enumerate(identities))
-        raise ValueError(
-            f"got identities without a common embedding: {have}; expected one feature that all have; "
-            "encode them with the same face analyzer or image encoder"
-        )
-    return Shared(keys, tuple(notes))
-
-
-def _label(identities: Sequence[Identity], i: int) -> str:
-    return f"identity {i + 1} ({identities[i].name!r})"
-
-
-def _holds(identity: Identity) -> str:
-    return ", ".join(sorted({str(parse_encoder_id(key)[0]) for key in identity.embeddings})) or "nothing"
 
 
 def _is_direction(key: str) -> bool:
@@ -205,10 +156,15 @@ def merge(identities: Sequence[Identity], method: str) -> tuple[Identity, str]:
     if method not in METHODS:
         raise ValueError(f"got method {method!r}; expected one of {', '.join(METHODS)}; choose one")
     kept = shared(identities)
-    faces = _stack(identities, kept.keys)
+    faces = _stack(identities, kept)
     chosen = METHODS[method]
     merged = faces if chosen.centre is None else _reduce(faces, chosen.weigh, chosen.centre, method)
+    shares = _shares(faces, chosen.weigh, [len(identity) for identity in identities])
+    merged = replace(merged, joint=_centres(faces.joint, shares, chosen.centre or mean))
     notes = list(kept.notes)
+    averaged = [key for key, rows in faces.joint.items() if not torch.equal(rows, rows[:1].expand_as(rows))]
+    if averaged:
+        notes.append(f"Averaged {', '.join(averaged)}: to encode all photos together would keep more of the person.")
     if chosen.centre is None and faces.crop is None and any(identity.crop is not None for identity in identities):
         notes.append("Dropped the face crops: not every identity has them.")
     if len({identity.name for identity in identities}) > 1:
@@ -227,8 +183,8 @@ def mix(identities: Sequence[Identity], weights: Sequence[float]) -> Identity:
     present = _present(identities, weights)
     people, shares = [person for person, _ in present], [share for _, share in present]
     ones = [_reduce(_stack([person], _own(person)), _given, mean, "") for person in people]
-    kept = shared(ones)
-    stacked = _stack(ones, kept.keys)
+    stacked = _stack(ones, shared(ones))
+    weight = torch.tensor(shares, dtype=torch.float64)
     heaviest = ones[shares.index(max(shares))]
     names = list(dict.fromkeys(person.name for person in people))
     source = ", ".join(f"{person.name} {share:.0%}" for person, share in present)
@@ -236,8 +192,9 @@ def mix(identities: Sequence[Identity], weights: Sequence[float]) -> Identity:
         heaviest,
         name=" and ".join(names)[:NAME_MAX].strip(),
         weight=torch.ones(1),
-        embeddings=_centres(stacked, torch.tensor(shares, dtype=torch.float64), blend),
+        embeddings=_centres(stacked.embeddings, weight, blend),
         zeros=stacked.zeros,
+        joint=_centres(stacked.joint, weight, blend),
         hashes=stacked.hashes,
         sources=(_short(source) if len(people) > 1 else heaviest.sources[0],),
     )
@@ -279,13 +236,25 @@ def _present(identities: Sequence[Identity], weights: Sequence[float]) -> list[t
     return [(person, share) for person, share in zip(identities, shares, strict=True) if share > 0]
 
 
-def _own(identity: Identity) -> dict[str, tuple[str, ...]]:
-    return {key: (key,) for key in identity.embeddings}
+def _own(identity: Identity) -> Shared:
+    keys, joint = ({key: (key,) for key in held} for held in (identity.embeddings, identity.joint))
+    return Shared(keys, joint)
 
 
-def _stack(identities: Sequence[Identity], keys: Mapping[str, tuple[str, ...]]) -> Identity:
-    """All faces of all identities, one below the other, with the embeddings of `keys` (see `Shared`)."""
-    holders = {key: identities[own.index(key)] for key, own in keys.items()}
+def _shares(faces: Identity, weigh: Callable[[Identity], Tensor], counts: Sequence[int]) -> Tensor:
+    """What each identity's faces, so many of them, weigh together; all alike where nothing weighs anything."""
+    keep = (faces.weight > 0).nonzero().flatten()
+    weight = torch.zeros(len(faces), dtype=torch.float64)
+    if len(keep):
+        weight[keep] = weigh(_rows(faces, keep))
+    shares = torch.stack([part.sum() for part in weight.split(list(counts))])
+    return shares if len(keep) else torch.ones_like(shares)
+
+
+def _stack(identities: Sequence[Identity], kept: Shared) -> Identity:
+    """All faces of all identities, one below the other; so far, `joint` has a row for each identity."""
+    keys, joint = kept.keys, kept.joint
+    holders = {key: identities[own.index(key)] for key, own in {**keys, **joint}.items()}
     return Identity(
         name=identities[0].name,
         box=torch.cat([identity.box for identity in identities]),
@@ -300,6 +269,10 @@ def _stack(identities: Sequence[Identity], keys: Mapping[str, tuple[str, ...]]) 
         zeros={key: who.zeros[key] for key, who in holders.items() if key in who.zeros},
         sources=tuple(source for identity in identities for source in _sources(identity, len(identities) > 1)),
         hashes={key: who.hashes[key] for key, who in holders.items() if key in who.hashes},
+        joint={
+            key: torch.cat([who.joint[mine] for who, mine in zip(identities, own, strict=True)])
+            for key, own in joint.items()
+        },
     )
 
 
@@ -330,14 +303,16 @@ def _reference(faces: Identity) -> str | None:
     return min(directions, key=lambda key: not key.startswith("arcface."), default=None)
 
 
-def _centres(faces: Identity, weight: Tensor, centre: Centre) -> dict[str, Tensor]:
-    """One row of many, for every embedding; a single face stays as it is, to the last bit."""
-    return {
-        key: rows
-        if len(rows) == 1
-        else centre(rows.flatten(1).double(), weight, _is_direction(key)).to(rows.dtype).view(1, *rows.shape[1:])
-        for key, rows in faces.embeddings.items()
-    }
+def _centres(stacked: Mapping[str, Tensor], weight: Tensor, centre: Centre) -> dict[str, Tensor]:
+    """One row of many, for every embedding, without those of weight 0; a single one stays as it is, to the last bit."""
+    out: dict[str, Tensor] = {}
+    for key, rows in stacked.items():
+        used = rows[weight > 0]
+        if len(used) > 1:
+            one = centre(used.flatten(1).double(), weight[weight > 0], _is_direction(key))
+            used = one.to(rows.dtype).view(1, *rows.shape[1:])
+        out[key] = used
+    return out
 
 
 def _reduce(faces: Identity, weigh: Callable[[Identity], Tensor], centre: Centre, method: str) -> Identity:
@@ -348,7 +323,7 @@ def _reduce(faces: Identity, weigh: Callable[[Identity], Tensor], centre: Centre
     faces = _rows(faces, keep)
     weight = weigh(faces)
     used = _rows(faces, (weight > 0).nonzero().flatten())
-    embeddings = _centres(used, weight[weight > 0], centre)
+    embeddings = _centres(faces.embeddings, weight, centre)
     best = _nearest(used, embeddings)
     source = f"{method} of {len(used)}: " if method else ""
     return replace(
@@ -373,11 +348,13 @@ def _rows(faces: Identity, index: Tensor) -> Identity:
 
 
 def _nearest(faces: Identity, embeddings: Mapping[str, Tensor]) -> int:
-    """The face nearest to the result: by cosine where there are directions, else by distance."""
+    """The face nearest to the result: by cosine where there are directions, else by distance, else the first."""
     key = _reference(faces)
     if key is not None:
         return int((sphere.units(faces.embeddings[key].double()) @ embeddings[key][0].double()).argmax())
-    key = next(iter(embeddings))
+    key = next(iter(embeddings), None)
+    if key is None:
+        return 0
     return int((faces.embeddings[key] - embeddings[key]).flatten(1).double().norm(dim=1).argmin())
 
 

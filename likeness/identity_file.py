@@ -1,8 +1,10 @@
 """Identities as files: safetensors with JSON metadata under the key `likeness`. Nothing in a file is executed.
 
 Tensors, one row per face: `embedding/<encoder id>` and `embedding/<encoder id>/zero` (float16 or float32; the zero may
-be absent), `face/box`, `face/kps`, `face/score` and `weight` (float32), `face/crop` (uint8, may be absent). Metadata:
-`version`, `name`, `date`, `encoders` (encoder id to the sha256 of its file) and `sources` (what each photo was).
+be absent), `face/box`, `face/kps`, `face/score` and `weight` (float32), `face/crop` (uint8, may be absent); of all the
+faces together `joint/<encoder id>` (float16 or float32). Metadata: `version`, `name`, `date`, `encoders` (encoder id to
+the sha256 of its file), `sources` (what each photo was), from version 2 on `joint` (as `encoders`). A file is of the
+first version that can hold what is in it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from .spec import Identity, parse_encoder_id
 
 SUFFIX = ".safetensors"
-VERSION = 1
+VERSION = 2
 FACES_MAX = 1024
 HEADER_MAX = 4 << 20
 NAME_MAX = 120
@@ -40,7 +42,8 @@ FACE_TENSORS: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] = {
 }
 EMBEDDING_DTYPES = (torch.float16, torch.float32)
 HEADER_DTYPES = ("F16", "F32", "U8")
-FIELDS = {"version": int, "name": str, "date": str, "encoders": dict, "sources": list}
+FIELDS_1 = {"version": int, "name": str, "date": str, "encoders": dict, "sources": list}
+FIELDS: dict[int, dict[str, type]] = {1: FIELDS_1, 2: {**FIELDS_1, "joint": dict}}
 
 AGAIN = "expected an identity file of this pack; save the identity again, or fetch the file again"
 WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\..*)?", re.IGNORECASE)
@@ -118,17 +121,20 @@ def save(identity: Identity, path: Path, include_crops: bool = True, date: datet
 def _pack(identity: Identity, include_crops: bool, date: datetime) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"embedding/{key}": value for key, value in identity.embeddings.items()}
     tensors |= {f"embedding/{key}/zero": value for key, value in identity.zeros.items()}
+    tensors |= {f"joint/{key}": value for key, value in identity.joint.items()}
     floats = {"face/box": identity.box, "face/kps": identity.kps, "face/score": identity.score}
     tensors |= {key: value.float() for key, value in (floats | {"weight": identity.weight}).items()}
     if include_crops and identity.crop is not None:
         tensors["face/crop"] = identity.crop
     told = {
-        "version": VERSION,
+        "version": 2 if identity.joint else 1,
         "name": identity.name,
         "date": date.isoformat(),
         "encoders": {key: identity.hashes.get(key, "") for key in identity.embeddings},
         "sources": list(identity.sources),
     }
+    if identity.joint:
+        told["joint"] = {key: identity.hashes.get(key, "") for key in identity.joint}
     # Views of one storage, such as expanded rows, cannot be written as they are.
     whole = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=whole) for key, value in tensors.items()}, told
@@ -197,6 +203,8 @@ def _unpack(tensors: dict[str, Tensor], told: Any, where: str) -> Identity:
         embeddings[key] = rows
         if f"embedding/{key}/zero" in tensors:
             zeros[key] = _take(tensors, f"embedding/{key}/zero", EMBEDDING_DTYPES, (1, *rows.shape[1:]), where)
+    together = told.get("joint", {})
+    joint = {key: _take(tensors, f"joint/{key}", EMBEDDING_DTYPES, (1, None, None), where) for key in together}
     if tensors:
         raise ValueError(f"got {where}, with the unknown tensor {next(iter(tensors))[:80]!r}; {AGAIN}")
     return Identity(
@@ -209,7 +217,8 @@ def _unpack(tensors: dict[str, Tensor], told: Any, where: str) -> Identity:
         embeddings=embeddings,
         zeros=zeros,
         sources=tuple(told["sources"]),
-        hashes=dict(told["encoders"]),
+        hashes=told["encoders"] | together,
+        joint=joint,
     )
 
 
@@ -243,8 +252,9 @@ def _check_told(told: Any, where: str) -> None:
         raise ValueError(
             f"got {where}, an identity of version {version}; this pack reads up to version {VERSION}; update the pack"
         )
-    if told.keys() != FIELDS.keys() or not all(isinstance(told[key], kind) for key, kind in FIELDS.items()):
-        raise ValueError(f"got {where}, whose metadata is not {', '.join(FIELDS)}; {AGAIN}")
+    fields = FIELDS[version]
+    if told.keys() != fields.keys() or not all(isinstance(told[key], kind) for key, kind in fields.items()):
+        raise ValueError(f"got {where}, whose metadata is not {', '.join(fields)}; {AGAIN}")
     try:
         datetime.fromisoformat(told["date"])
     except ValueError as error:
@@ -254,7 +264,7 @@ def _check_told(told: Any, where: str) -> None:
         raise ValueError(
             f"got {where}, whose name or a source is not one line of up to {TEXT_MAX} printable characters; {AGAIN}"
         )
-    for key, sha256 in told["encoders"].items():
+    for key, sha256 in (*told["encoders"].items(), *told.get("joint", {}).items()):
         hash8 = parse_encoder_id(key)[1]
         whole = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) and sha256.startswith(hash8)
         if not whole:

@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from . import detect, own_file
-from .spec import AdapterSpec, Feature
+from .omni_id import FEATURE as TOKENS
+from .spec import AdapterSpec
 
 KIND = "omni_id_adapter"
-TOKENS = Feature("omni_id", "tokens", "face224")
 BASES = (detect.FLUX, "SD1.5")
 UNCONDITIONAL = ("none", "zero")
 

@@ -136,6 +136,40 @@ class FusedSpec:
 
 
 @dataclass(frozen=True)
+class OmniIDSpec:
+    """What an Omni-ID encoder is (likeness.omni_id). The defaults are the paper's, or ours where it is silent.
+
+    `image_size` is the side of the face pictures and `patch` that of the trunk's patches, in pixels; `features` is the
+    width of the trunk's states, of which `states` are read (omni_id.STATES), the class token's too or not; `activation`
+    is the trunk's. Of the blocks, `cross_blocks` attend to the photos and `self_blocks` to the tokens, `tokens` of
+    them, `width` wide, with `heads` and an MLP of `inner`. `notes` say how it was trained.
+    """
+
+    image_size: int = 224
+    patch: int = 14
+    features: int = 1280
+    states: str = "last"
+    class_token: bool = True
+    activation: str = "gelu"
+    tokens: int = 256
+    width: int = 1280
+    heads: int = 20
+    inner: int = 5120
+    cross_blocks: int = 2
+    self_blocks: int = 2
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a picture."""
+        return self.image_size // self.patch
+
+    @property
+    def states_per_photo(self) -> int:
+        return self.side**2 + self.class_token
+
+
+@dataclass(frozen=True)
 class AdapterSpec:
     """What an adapter file is. `kind` names its row of `detect.SIGNATURES`.
 

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness import clip, draw, faces
+from ..likeness import omni_id as omni_math
 from ..likeness.identity import cosine_matrix, outliers
 from ..likeness.spec import Face, Feature, Identity
 from . import types
@@ -98,6 +99,14 @@ def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder
     return out
 
 
+def joint(taken: Sequence[Taken], encoder: types.OmniEncoder) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What an Omni-ID encoder makes of all faces together [1, L, C], and the hash of its file, by encoder id."""
+    pictures = torch.stack([faces.align(one.photo, one.face.kps, encoder.spec.image_size) for one in taken])
+    read, weight = omni_math.distinct(pictures, [1.0] * len(pictures))
+    key = omni_math.FEATURE.id(encoder.sha256)
+    return {key: encoder.encode(pictures[read], weight).half()}, {key: encoder.sha256}
+
+
 def _encoder(given: Any) -> types.Encoder | None:
     """What came through a socket that takes IMAGE_ENCODER or CLIP_VISION. Raises ValueError where it is no CLIP."""
     if not isinstance(given, ClipVisionModel):
@@ -127,7 +136,9 @@ def batches(pictures: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def encode(taken: Sequence[Taken], name: str, choice: Choice, encoder: types.Encoder | None) -> Identity:
+def encode(
+    taken: Sequence[Taken], name: str, choice: Choice, encoder: types.Encoder | None, omni: types.OmniEncoder | None
+) -> Identity:
     """An identity of the taken faces, with all that the connected encoders can give."""
     looked = choice.analyzer is not None and choice.pick != faces.WHOLE
     made = [faces.head(one.photo, one.face, faces.HEAD_SCALE if looked else 1.0) for one in taken]
@@ -136,6 +147,7 @@ def encode(taken: Sequence[Taken], name: str, choice: Choice, encoder: types.Enc
     features = Features({}, {}, {})
     if encoder is not None:
         features = image_features(taken, heads, encoder, looked or choice.pick == faces.WHOLE)
+    together, their_hashes = ({}, {}) if omni is None else joint(taken, omni)
     return Identity(
         name=name.strip() or "person",
         box=torch.stack([face.box for _, face in made]),
@@ -146,7 +158,8 @@ def encode(taken: Sequence[Taken], name: str, choice: Choice, encoder: types.Enc
         embeddings=vectors | features.embeddings,
         zeros=features.zeros,
         sources=tuple(one.note.split(":")[0] + f", {one.photo.shape[1]}x{one.photo.shape[0]}" for one in taken),
-        hashes=hashes | features.hashes,
+        hashes=hashes | features.hashes | their_hashes,
+        joint=together,
     )
 
 
@@ -216,6 +229,11 @@ class EncodeIdentity(io.ComfyNode):
                     tooltip="For pick nth: which face, from the left, 1 to 100.",
                 ),
                 types.Identity.Input("like", optional=True, tooltip="For pick most alike: whom it should be like."),
+                types.OmniID.Input(
+                    "omni_id", optional=True,
+                    tooltip="Load Omni-ID Encoder: one set of tokens of all the faces together; needs a face analyzer, "
+                    "or pick whole photo.",
+                ),
             ],
             outputs=[
                 types.Identity.Output(display_name="identity"),
@@ -227,16 +245,22 @@ class EncodeIdentity(io.ComfyNode):
     @classmethod
     def execute(
         cls, photos: dict[str, Any], name: str, pick: str, on_missing: str, face_analyzer: types.Analyzer | None = None,
-        image_encoder: Any = None, nth: int = 1, like: Identity | None = None,
+        image_encoder: Any = None, nth: int = 1, like: Identity | None = None, omni_id: types.OmniEncoder | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        if face_analyzer is None and image_encoder is None:
+        if face_analyzer is None and image_encoder is None and omni_id is None:
             raise ValueError(
-                "got neither a face analyzer nor an image encoder; expected one or both; connect what the adapter needs"
+                "got neither a face analyzer nor an image encoder, nor an Omni-ID encoder; expected one or more; "
+                "connect what the adapter needs"
+            )
+        if omni_id is not None and face_analyzer is None and pick != faces.WHOLE:
+            raise ValueError(
+                "got an Omni-ID encoder, which reads faces, and nothing that finds them; expected a face analyzer; "
+                "connect one, or pick 'whole photo' for pictures that are face crops already"
             )
         choice = Choice(pick, face_analyzer, nth, like)
         taken, skipped = take_all(split([batch for batch in photos.values() if batch is not None]), choice, on_missing)
-        identity = encode(taken, name, choice, _encoder(image_encoder))
-        holds = [f"holds {', '.join(identity.embeddings)}"]
+        identity = encode(taken, name, choice, _encoder(image_encoder), omni_id)
+        holds = [f"holds {', '.join((*identity.embeddings, *identity.joint))}"]
         report = "\n".join([*(one.note for one in taken), *skipped, *agreement(identity), *holds])
         return io.NodeOutput(identity, preview(taken), report)
 

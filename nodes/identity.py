@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from comfy_api.latest import io, ui
 
 from ..likeness import identity as math
 from ..likeness import identity_file
+from ..likeness import omni_id as omni_math
 from ..likeness.spec import Identity
 from . import types
 from .loaders import files
@@ -20,6 +23,13 @@ def _identities(tooltip: str) -> io.Autogrow.Input:
     one = types.Identity.Input("identity", tooltip="From Encode Identity, Load Identity, Merge or Mix.")
     template = io.Autogrow.TemplatePrefix(one, prefix="identity_", min=1, max=16)
     return io.Autogrow.Input("identities", template=template, tooltip=tooltip)
+
+
+def together(identities: Sequence[Identity], encoder: types.OmniEncoder) -> list[Identity]:
+    """The identities, each with the tokens of all their stored faces together. Raises ValueError (omni_math.stored)."""
+    key = omni_math.FEATURE.id(encoder.sha256)
+    tokens = encoder.encode(*omni_math.stored(identities, encoder.spec.image_size)).half()
+    return [replace(who, joint={key: tokens}, hashes={**who.hashes, key: encoder.sha256}) for who in identities]
 
 
 class MergeIdentities(io.ComfyNode):
@@ -42,6 +52,12 @@ class MergeIdentities(io.ComfyNode):
                     "detector score and agreement with the others. geometric median: hardly moved by a photo that "
                     "does not fit.",
                 ),
+                types.OmniID.Input(
+                    "omni_id",
+                    optional=True,
+                    tooltip="Load Omni-ID Encoder: makes the tokens anew, of all the identities' stored face pictures "
+                    "together, instead of averaging what each of them holds.",
+                ),
             ],
             outputs=[
                 types.Identity.Output(display_name="identity"),
@@ -50,8 +66,11 @@ class MergeIdentities(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identities: io.Autogrow.Type, method: str) -> io.NodeOutput:
-        return io.NodeOutput(*math.merge(list(identities.values()), method))
+    def execute(
+        cls, identities: io.Autogrow.Type, method: str, omni_id: types.OmniEncoder | None = None
+    ) -> io.NodeOutput:
+        people = list(identities.values())
+        return io.NodeOutput(*math.merge(people if omni_id is None else together(people, omni_id), method))
 
 
 class MixIdentities(io.ComfyNode):

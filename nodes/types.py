@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec
+from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, OmniIDSpec
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 People = io.Custom("LIKENESS_PEOPLE")
@@ -19,6 +19,7 @@ Adapter = io.Custom("LIKENESS_ADAPTER")
 FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
 ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
 ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
+OmniID = io.Custom("LIKENESS_OMNI_ID")
 
 
 def who_input(tooltip: str) -> io.MultiType.Input:
@@ -139,3 +140,21 @@ class Encoder(Protocol):
     def encode(self, pictures: Tensor) -> dict[str, Tensor]: ...
 
     def zero(self) -> dict[str, Tensor]: ...
+
+
+class OmniEncoder(Protocol):
+    """What goes through LIKENESS_OMNI_ID. `sha256` is its file's.
+
+    Pictures are aligned faces [n, S, S, 3] in 0..1, S the spec's image size, no two alike, each with a weight above 0.
+    `encode` makes [1, L, C] of all of them; `maps` says how each query attends to their patches, [L, n, h, w].
+    """
+
+    @property
+    def spec(self) -> OmniIDSpec: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def encode(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...
+
+    def maps(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...

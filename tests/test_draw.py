@@ -93,6 +93,29 @@ def test_every_sign_is_five_by_seven_and_unlike_the_others() -> None:
     assert len({tuple(mask.flatten().tolist()) for mask in signs.values()}) == len(signs)
 
 
+def test_what_is_looked_at_is_coloured_and_the_rest_grey() -> None:
+    pictures, heat = torch.rand(2, 64, 48, 3), torch.zeros(2, 4, 3)
+    heat[0, 1, 2], heat[1, 3, 0] = 0.02, 0.005
+    out = draw.heated(pictures, heat)
+    grey = pictures.mean(-1, keepdim=True).expand_as(pictures)
+    assert out.shape == pictures.shape and torch.equal(out[0, 48:, :16], grey[0, 48:, :16])
+    # In the middle of its patch the most looked at is the last colour, over what it does not hide.
+    most = torch.lerp(grey[0, 24, 40], torch.tensor(draw.HEAT[-1]), draw.HEATED)
+    assert (out[0, 24, 40] - most).abs().max() < 0.1 and out[0, 24, 40, 0] > out[0, 24, 40, 2] + 0.3
+    quarter = torch.lerp(grey[1, 56, 4], torch.tensor(draw.HEAT[1]), draw.HEATED * 0.5)  # a quarter as much
+    assert (out[1, 56, 4] - quarter).abs().max() < 0.02
+    assert torch.equal(draw.heated(pictures, torch.zeros(2, 4, 3)), pictures.mean(-1, keepdim=True).expand_as(pictures))
+
+
+def test_a_label_is_in_the_corner_and_cut_where_there_is_no_room() -> None:
+    picture = torch.full((112, 112, 3), 0.5)
+    out = draw.labelled(picture, "42")
+    sign = draw.text_mask("42", 1)
+    assert torch.equal((out == 1).all(-1)[1:8, 1 : 1 + sign.shape[1]], sign) and torch.equal(out[9:], picture[9:])
+    assert torch.equal(picture, torch.full((112, 112, 3), 0.5))
+    assert draw.labelled(torch.zeros(5, 6, 3), "255").shape == (5, 6, 3)
+
+
 def test_large_pictures_are_shrunk_and_small_ones_kept() -> None:
     small = torch.rand(30, 40, 3)
     assert draw.shrink(small) == (small, 1.0)

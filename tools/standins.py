@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces, standin_flashface, standin_flux, standin_pulid
+from . import standin_faces, standin_flashface, standin_flux, standin_omni_id, standin_pulid
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -61,7 +61,7 @@ def weight(key: str, shape: tuple[int, ...]) -> Tensor:
     """A value under which activations stay near unit size: by fan-in, norms at one, biases at zero."""
     if len(shape) < 2:
         return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
-    if "embedding" in key or "latents" in key:
+    if "embedding" in key or "latents" in key or key == "queries":
         return noise(key, shape) * LORA
     fan_in = torch.Size(shape[1:]).numel()
     return noise(key, shape) * (LORA if "_lora." in key else 0.7 / fan_in**0.5)
@@ -246,6 +246,10 @@ def flashface(channels: int, width: int = 32) -> dict[str, Tensor]:
     return standin_flashface.with_aliases(fill(standin_flashface.names(shapes, channels)))
 
 
+def omni_id() -> dict[str, Tensor]:
+    return fill(standin_omni_id.shapes())
+
+
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The groups of a `.bin` file."""
     out: dict[str, dict[str, Tensor]] = {}
@@ -296,6 +300,7 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "pulid_v1.1.safetensors": ("pulid", partial(adapter, "pulid_v1.1")),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
+    "omni_id_vit_h.safetensors": ("likeness", omni_id),
     "flashface.ckpt": ("likeness", partial(flashface, 5)),
     "flashface_inpainting.ckpt": ("likeness", partial(flashface, 9)),
     **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
@@ -306,6 +311,7 @@ TOLD = {
     "infinite_id_sdxl.safetensors": {
         "kind": "infinite_id", "version": 1, "base": "SDXL", "unconditional": "zero", "notes": {"trained": "no"},
     },
+    "omni_id_vit_h.safetensors": standin_omni_id.TOLD,
     **{
         f"omni_id_{file}.safetensors": {
             "kind": "omni_id_adapter", "version": 1, "base": base, "tokens": standin_flux.OMNI_TOKENS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.ops
 from comfy_api.latest import io
 
-from ...likeness import detect, infinite_id, keymaps
+from ...likeness import detect, infinite_id, keymaps, omni_id
 from ...likeness import fused as fused_math
 from ...likeness import omni_adapter as omni_math
 from ...likeness.decoupled import KINDS
@@ -51,6 +51,8 @@ def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.
     told = files.told(path)
     if told is not None:
         kind = told.get("kind")
+        if kind == omni_id.KIND:
+            raise ValueError(f"got {file}, an Omni-ID encoder; expected an adapter; load it with Load Omni-ID Encoder")
         if kind not in OWN:
             raise ValueError(f"got {file}, a file of this pack of kind {kind!r}; expected {', '.join(OWN)}")
         return OWN[kind](files.read(path), told, file)

@@ -26,3 +26,12 @@ def patcher_of(module: nn.Module) -> ModelPatcher:
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+
+
+def encoder_of(module: nn.Module) -> ModelPatcher:
+    """An encoder for inference, in single precision where half of it is slow or missing on its device."""
+    mm = comfy.model_management
+    device = mm.text_encoder_device()
+    if mm.should_use_fp16(device) is False:
+        module.float()
+    return ModelPatcher(module.eval().requires_grad_(False), device, mm.text_encoder_offload_device())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...likeness import keymaps
 from .. import types
-from . import files
+from . import care, files
 from .towers import Layers, Tower, tower_of
 
 PREFIXES = ("visual.", "module.visual.", "vision_model.")  # the last is SigLIP's in the transformers layout
@@ -67,12 +67,7 @@ def load(file: str, activation: str = "auto") -> OpenClipEncoder:
         keymaps.load(tower.module, tower.weights)
     except ValueError as error:
         raise ValueError(f"got {file}: {error}") from error
-    module = tower.module.eval().requires_grad_(False)
-    mm = comfy.model_management
-    if mm.should_use_fp16(mm.text_encoder_device()) is False:
-        module.float()  # half precision is slow or missing on this device
-    patcher = ModelPatcher(module, mm.text_encoder_device(), mm.text_encoder_offload_device())
-    return OpenClipEncoder(tower, files.sha256(path), patcher)
+    return OpenClipEncoder(tower, files.sha256(path), care.encoder_of(tower.module))
 
 
 class LoadImageEncoder(io.ComfyNode):

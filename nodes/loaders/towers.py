@@ -158,7 +158,7 @@ def siglip(weights: Weights, file: str, activation: str) -> Tower:
     weights = {key: weight for key, weight in weights.items() if key != "embeddings.position_ids"}
     width, channels, patch, _ = weights["embeddings.patch_embedding.weight"].shape
     positions, layers = weights["embeddings.position_embedding.weight"].shape[0], _count(weights, "encoder.layers.")
-    size = clip.SIGLIP_SIZES.get((positions, patch), round(positions**0.5) * patch)
+    size = clip.SIGLIP_SIZES.get((positions, patch)) or round(positions**0.5) * patch
     config = {
         "num_channels": channels, "hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "image_size": size,
         "intermediate_size": weights["encoder.layers.0.mlp.fc1.weight"].shape[0], "patch_size": patch,
@@ -186,8 +186,14 @@ LAYOUTS: Mapping[str, Callable[[Weights, str, str], Tower]] = {
 }
 
 
-def tower_of(weights: Weights, file: str, activation: str) -> Tower:
-    """The tower of a checkpoint's `visual.*` weights. Raises ValueError."""
+EXPECTED = (
+    "an OpenCLIP checkpoint with visual.* weights of a vision transformer; files in the transformers layout are for "
+    "ComfyUI's own Load CLIP Vision"
+)
+
+
+def tower_of(weights: Weights, file: str, activation: str, expected: str = EXPECTED) -> Tower:
+    """The tower of a checkpoint's `visual.*` weights. Raises ValueError, which says what was `expected`."""
     build = next((build for key, build in LAYOUTS.items() if key in weights), open_clip)
     try:
         return build(weights, file, activation)
@@ -197,7 +203,4 @@ def tower_of(weights: Weights, file: str, activation: str) -> Tower:
             "run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
         ) from error
     except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"got {file}, which misses {error}; expected an OpenCLIP checkpoint with visual.* weights of a vision "
-            "transformer; files in the transformers layout are for ComfyUI's own Load CLIP Vision"
-        ) from error
+        raise ValueError(f"got {file}, which misses {error}; expected {expected}") from error
