@@ -1,4 +1,4 @@
-"""CLIP image encoders: the names of their architectures, and which of their layers the adapters read."""
+"""CLIP and SigLIP image encoders: the names of their architectures, and which of their layers the adapters read."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ EVA = {
     (1024, 24, 14, 224): "eva02-l-14",
     (1024, 24, 14, 336): "eva02-l-14-336",
 }
+SIGLIP = {
+    (1152, 27, 14, 384): "so400m-14-384",
+}
+SIGLIP_SIZES = {(729, 14): 384}  # positions and patch -> pixels, where patches do not fill the picture
 EVA_GRID = (16, 16)
 EVA_LEVELS = (4, 8, 12, 16, 20)  # the blocks whose inputs PuLID reads
 
 # Where the published towers do not have heads of 64: width -> width of a head.
-HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+HEAD_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
 QUICK = ("openai", "quickgelu", "dfn", "metaclip")
 
-# Which layers on which crops the pack's adapters read; of other architectures, what a base adapter reads.
+# Which layers on which crops the pack's adapters read; of other architectures, what the family's base adapter reads.
 LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
     "vit-h-14": {
         "photo": ("projected", "penultimate"),
@@ -40,16 +44,20 @@ LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
         "face256": ("penultimate",),
     },
     "vit-bigg-14": {"photo": ("projected",), "head": ("projected",)},
+    "vit-l-14": {"photo": ("projected", "penultimate"), "black": ("projected",)},
     "vit-l-14-336": {"photo": ("penultimate",), "face336": ("penultimate",)},
     "eva02-l-14-336": {"ffhq512": ("projected", "levels")},
 }
-OTHER_LAYERS = {"photo": ("projected", "penultimate")}
+OTHER_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "clip": {"photo": ("projected", "penultimate")},
+    "siglip": {"photo": ("pooled",)},
+}
+NAMES = {"vit": ARCHITECTURES, "eva02": EVA, "so": SIGLIP}
 
 
-def architecture(width: int, layers: int, patch: int, size: int, eva: bool = False) -> str:
+def architecture(width: int, layers: int, patch: int, size: int, kind: str = "vit") -> str:
     """The name of a vision transformer; one that the tables do not have is named by its numbers."""
-    names, family = (EVA, "eva02") if eva else (ARCHITECTURES, "vit")
-    return names.get((width, layers, patch, size), f"{family}-{width}-{layers}-{patch}-{size}")
+    return NAMES[kind].get((width, layers, patch, size), f"{kind}-{width}-{layers}-{patch}-{size}")
 
 
 def is_quick(name: str, file: str) -> bool:

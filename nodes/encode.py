@@ -20,6 +20,8 @@ from . import types
 from .photos import Choice, Taken, split, take_all
 
 PICKS = (*faces.PICKS, faces.NTH, faces.ALIKE, faces.WHOLE)
+# Crops for which no face has to be known.
+PICTURES = {"photo": lambda photo: photo, "black": torch.zeros_like}
 PIXELS = 1 << 22  # of the pictures that go through an encoder at once
 
 
@@ -28,6 +30,7 @@ class HostEncoder:
     """The host's CLIP_VISION. It knows no file, so its hash is one of its weights."""
 
     vision: ClipVisionModel
+    family = "clip"
 
     @property
     def architecture(self) -> str:
@@ -81,13 +84,13 @@ def image_features(taken: Sequence[Taken], heads: Tensor, encoder: types.Encoder
     """What an image encoder makes of the photos and, where faces are known, of their crops."""
     out = Features({}, {}, {})
     zero, sha256 = encoder.zero(), encoder.sha256
-    for crop, layers in clip.LAYERS.get(encoder.architecture, clip.OTHER_LAYERS).items():
-        if crop != "photo" and not crops_known:
+    for crop, layers in clip.LAYERS.get(encoder.architecture, clip.OTHER_LAYERS[encoder.family]).items():
+        if crop not in PICTURES and not crops_known:
             continue
         comfy.model_management.throw_exception_if_processing_interrupted()
         made = [encoder.encode(batch) for batch in batches(cut(taken, heads, crop))]
         for layer in layers:
-            key = Feature(f"clip.{encoder.architecture}", layer, crop).id(sha256)
+            key = Feature(f"{encoder.family}.{encoder.architecture}", layer, crop).id(sha256)
             out.embeddings[key] = torch.cat([one[layer] for one in made]).half().cpu()
             if layer in zero:
                 out.zeros[key] = zero[layer].half().cpu()
@@ -109,8 +112,8 @@ def _encoder(given: Any) -> types.Encoder | None:
 
 def cut(taken: Sequence[Taken], heads: Tensor, crop: str) -> list[Tensor]:
     """The pictures [H, W, 3] of one kind of crop."""
-    if crop == "photo":
-        return [one.photo for one in taken]
+    if crop in PICTURES:
+        return [PICTURES[crop](one.photo) for one in taken]
     if crop == "head":
         return list(heads.float() / 255)
     return [faces.CUTS[crop](one.photo, one.face.kps) for one in taken]

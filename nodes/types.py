@@ -118,13 +118,17 @@ class Analyzer(Protocol):
 
 
 class Encoder(Protocol):
-    """What goes through LIKENESS_IMAGE_ENCODER. `architecture` and `sha256` go into encoder ids.
+    """What goes through LIKENESS_IMAGE_ENCODER. `family`, `architecture` and `sha256` go into encoder ids.
 
     `encode` takes [n, H, W, 3] in 0..1 and gives `projected` [n, E], the pooled embedding; `penultimate` [n, T, W],
     the last block's input, and `last` [n, T, W], its output; both without the post LayerNorm, class token first.
-    EVA-CLIP gives `levels` [n, 5, T, W], too: what PuLID reads. `zero` gives the same layers, n = 1, for a picture that
-    is zero after normalisation: mid-grey; it leaves out those in whose place no face is 0.
+    EVA-CLIP gives `levels` [n, 5, T, W], too: what PuLID reads; SigLIP gives `pooled` [n, W] alone. `zero` gives the
+    same layers, n = 1, for a picture that is zero after normalisation: mid-grey; it leaves out those in whose place no
+    face is 0.
     """
+
+    @property
+    def family(self) -> str: ...
 
     @property
     def architecture(self) -> str: ...

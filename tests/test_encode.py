@@ -110,6 +110,20 @@ def test_other_encoders_give_what_their_adapters_read(
 
 
 @torch.inference_mode()
+def test_clip_l_sees_a_black_picture_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What XLabs' adapter gives the negative prompt: the embedding of a black picture, once for each face."""
+    monkeypatch.setitem(clip.ARCHITECTURES, towers.NUMBERS, "vit-l-14")
+    encoder = HostEncoder(towers.twin(towers.open_clip()))
+    identity, _, _ = run(portrait(), portrait(), pick="whole photo", image_encoder=encoder)
+    assert layers_of(identity) == {"projected.photo", "penultimate.photo", "projected.black"}
+    rows = identity.embeddings[identity.find(Feature("clip.vit-l-14", "projected", "black")) or ""]
+    black = encoder.encode(torch.zeros(1, 64, 64, 3))["projected"]
+    assert torch.equal(rows[0], rows[1]) and torch.allclose(
+        rows[:1].float(), black, atol=2e-3 * float(black.abs().max())
+    )
+
+
+@torch.inference_mode()
 def test_pulids_features_are_levels_of_the_grey_face(
     analyzer: FaceAnalyzer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

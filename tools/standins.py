@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces, standin_flashface, standin_pulid
+from . import standin_faces, standin_flashface, standin_flux, standin_pulid
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -129,13 +129,13 @@ def open_clip_text(prefix: str, dtype: torch.dtype, width: int = 1280, layers: i
     return fill(shapes, dtype, prefix)
 
 
-def taesd(scale: float) -> dict[str, Tensor]:
+def taesd(scale: float, shift: float = 0.0, channels: int = 4, prefix: str = "first_stage_model.") -> dict[str, Tensor]:
     """A small VAE that the host knows: TAESD."""
     from comfy.taesd.taesd import Decoder, Encoder
 
-    out = {"first_stage_model.vae_scale": torch.tensor(scale), "first_stage_model.vae_shift": torch.tensor(0.0)}
+    out = {f"{prefix}vae_scale": torch.tensor(scale), f"{prefix}vae_shift": torch.tensor(shift)}
     for name, module in (("taesd_encoder", Encoder), ("taesd_decoder", Decoder)):
-        out |= fill(shapes_of(partial(module, 4)), torch.float32, f"first_stage_model.{name}.")
+        out |= fill(shapes_of(partial(module, channels)), torch.float32, f"{prefix}{name}.")
     last = max((key for key in out if key.endswith(".bias") and "taesd_decoder" in key), key=_number)
     out[last] = out[last] + 0.5  # around grey, or most of the noise would be cut off at black
     return out
@@ -171,15 +171,25 @@ def controlnet(base: dict[str, Any]) -> dict[str, Tensor]:
     return fill(shapes, prefix="control_model.")
 
 
-def clip_vision_h() -> dict[str, Tensor]:
+def flux() -> dict[str, Tensor]:
+    """A short FLUX.1 dev, which reads CLIP-L's text: the real one's second encoder is too large to stand in for."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    operations = comfy.ops.disable_weight_init
+    return fill(shapes_of(lambda: Flux(dtype=torch.float32, operations=operations, **standin_flux.FLUX)))
+
+
+def clip_vision(config: str = "clip_vision_config_h.json") -> dict[str, Tensor]:
+    """An image encoder in the transformers layout, its configuration read from the host; SigLIP's with its head."""
     import comfy.clip_model
     import comfy.ops
 
-    settings = json.loads((Path(comfy.clip_model.__file__).parent / "clip_vision_config_h.json").read_text())
+    settings = json.loads((Path(comfy.clip_model.__file__).parent / config).read_text())
     operations = comfy.ops.disable_weight_init
-    return fill(
-        shapes_of(lambda: comfy.clip_model.CLIPVisionModelProjection(settings, torch.float32, "meta", operations))
-    )
+    shapes = shapes_of(lambda: comfy.clip_model.CLIPVisionModelProjection(settings, torch.float32, "meta", operations))
+    head = standin_flux.pooling_head(settings["hidden_size"], settings["intermediate_size"])
+    return fill(shapes | head if "siglip" in config else shapes)
 
 
 def layout_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -208,6 +218,11 @@ def pulid_flux(base: Mapping[str, Any]) -> dict[str, Tensor]:
     """PuLID-FLUX for a FLUX of this configuration."""
     sizes = base["hidden_size"], base["depth"], base["depth_single_blocks"]
     return fill(standin_pulid.for_flux(layout_of("pulid_flux_v0.9.x"), *sizes))
+
+
+def for_flux(layout: str, text: int = standin_flux.TEXT) -> dict[str, Tensor]:
+    """A published adapter for FLUX that fits the stand-in; `text` narrows the tokens where their projector is huge."""
+    return fill(standin_flux.fitted(layout_of(layout), text=text))
 
 
 def infinite_id(base: dict[str, Any], attentions: int) -> dict[str, Tensor]:
@@ -267,7 +282,16 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "sd_xl_base_1.0.safetensors": ("checkpoints", checkpoint_sdxl),
     "instantid/diffusion_pytorch_model.safetensors": ("controlnet", partial(controlnet, SDXL)),
     "control_v11f1p_sd15_depth_fp16.safetensors": ("controlnet", partial(controlnet, SD15)),
-    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision_h),
+    "flux1-dev.safetensors": ("diffusion_models", flux),
+    "clip_l.safetensors": ("text_encoders", partial(clip_text, "sd1_clip_config.json", "", torch.float16)),
+    "ae.safetensors": ("vae", partial(taesd, 0.3611, 0.1159, 16, "")),
+    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": ("clip_vision", clip_vision),
+    "clip-vit-large-patch14.safetensors": ("clip_vision", partial(clip_vision, "clip_vision_config_vitl.json")),
+    "siglip-so400m-patch14-384.safetensors": ("clip_vision", partial(clip_vision, "clip_vision_siglip_384.json")),
+    "xlabs_flux_ip_adapter_v2.safetensors": ("ipadapter", partial(for_flux, "xlabs_flux_ip_adapter_v2")),
+    "instantx_flux_ip_adapter.bin": ("ipadapter", partial(for_flux, "instantx_flux_ip_adapter", 256)),
+    "omni_id_flux.safetensors": ("likeness", lambda: fill(standin_flux.omni_id())),
+    "omni_id_sd15.safetensors": ("likeness", lambda: fill(standin_flux.omni_id_sd15(WIDTH))),
     "EVA02_CLIP_L_336_psz14_s6B.pt": ("clip_vision", eva_clip),
     "pulid_v1.1.safetensors": ("pulid", partial(adapter, "pulid_v1.1")),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
@@ -281,6 +305,13 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
 TOLD = {
     "infinite_id_sdxl.safetensors": {
         "kind": "infinite_id", "version": 1, "base": "SDXL", "unconditional": "zero", "notes": {"trained": "no"},
+    },
+    **{
+        f"omni_id_{file}.safetensors": {
+            "kind": "omni_id_adapter", "version": 1, "base": base, "tokens": standin_flux.OMNI_TOKENS,
+            "unconditional": "none", "notes": {"trained": "no"},
+        }
+        for file, base in (("flux", "FLUX.1"), ("sd15", "SD1.5"))
     },
 }  # fmt: skip
 

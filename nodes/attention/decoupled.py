@@ -163,7 +163,7 @@ class ApplyDecoupled(io.ComfyNode):
             "FaceID, Portrait, InstantID, PuLID. Strength 0 or an empty schedule gives the model as it was.",
             search_aliases=["ipadapter", "faceid", "instantid", "pulid", "apply"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5 or SDXL model, with any LoRAs and patches it already has."),
+                io.Model.Input("model", tooltip="SD1.5, SDXL or FLUX.1, with any LoRAs and patches it already has."),
                 types.Adapter.Input("adapter", tooltip="From Load Identity Adapter; made for this base model."),
                 types.who_input(""),
                 io.Float.Input(
@@ -183,8 +183,8 @@ class ApplyDecoupled(io.ComfyNode):
                 ),
                 io.String.Input(
                     "custom_layers", default="", optional=True, advanced=True,
-                    tooltip='Weight by layer, "3:1.2, 6:0": layers 0 to 15 (SD1.5) or 0 to 10 (SDXL) in running order, '
-                    "weights -100 to 100; those not named get 0. Empty: layer_weights.",
+                    tooltip='Weight by layer, "3:1.2, 6:0": layers 0 to 15 (SD1.5), 0 to 10 (SDXL) or those of the '
+                    "adapter (FLUX) in running order, weights -100 to 100; the others get 0. Empty: layer_weights.",
                 ),
                 io.Float.Input(
                     "v2_weight", default=1.0, min=-1.0, max=5.0, step=0.05, optional=True, advanced=True,

@@ -17,6 +17,7 @@ from .. import types
 from . import files
 from .towers import Layers, Tower, tower_of
 
+PREFIXES = ("visual.", "module.visual.", "vision_model.")  # the last is SigLIP's in the transformers layout
 ACTIVATIONS = ("auto", "gelu", "quick_gelu")
 
 
@@ -32,8 +33,13 @@ class OpenClipEncoder:
     def architecture(self) -> str:
         return self.tower.architecture
 
+    @property
+    def family(self) -> str:
+        return self.tower.family
+
     def encode(self, pictures: Tensor) -> Layers:
-        return self._run(clip_preprocess(pictures[..., :3].to(self.patcher.load_device), size=self.tower.size))
+        pictures = pictures[..., :3].to(self.patcher.load_device)
+        return self._run(clip_preprocess(pictures, size=self.tower.size, **self.tower.pixels))
 
     def zero(self) -> Layers:
         size = self.tower.size
@@ -54,7 +60,8 @@ def load(file: str, activation: str = "auto") -> OpenClipEncoder:
     """
     path = files.find(file, "clip_vision")
     tensors = files.read(path)
-    weights = keymaps.under(tensors, "visual.") or keymaps.under(tensors, "module.visual.")
+    found = (keymaps.under(tensors, prefix) for prefix in PREFIXES)
+    weights = next((weights for weights in found if weights), {})
     tower = tower_of(weights, path.name, activation)
     try:
         keymaps.load(tower.module, tower.weights)
@@ -76,13 +83,14 @@ class LoadImageEncoder(io.ComfyNode):
             display_name="Load Image Encoder (OpenCLIP)",
             category="likeness/loaders",
             description="Loads the image half of an OpenCLIP or EVA-CLIP checkpoint (visual.* weights), which "
-            "ComfyUI's own Load CLIP Vision may not know. The architecture is read from the weights.",
-            search_aliases=["clip vision", "open_clip", "eva clip", "pulid"],
+            "ComfyUI's own Load CLIP Vision may not know, or SigLIP's with its pooling head. The architecture is read "
+            "from the weights.",
+            search_aliases=["clip vision", "open_clip", "eva clip", "siglip", "pulid"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=files.names("clip_vision"),
-                    tooltip="OpenCLIP or EVA-CLIP checkpoint in models/clip_vision (.safetensors, .bin or .pt).",
+                    tooltip="OpenCLIP, EVA-CLIP or SigLIP file in models/clip_vision (.safetensors, .bin or .pt).",
                 ),
                 io.Combo.Input(
                     "activation",

@@ -1,16 +1,20 @@
-"""The image halves of CLIP checkpoints, told apart by their tensors: OpenCLIP's, and EVA-CLIP's, which timm builds."""
+"""Image encoders of checkpoints, told apart by their tensors: OpenCLIP's; EVA-CLIP's by timm; SigLIP's by the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import comfy.ops
 import torch
+from comfy.clip_model import CLIPVision
 from torch import Tensor, nn
 
 from ...likeness import clip, keymaps
+from ...likeness import siglip as siglip_head
+from ...likeness.siglip import PoolingHead
 
 Layers = dict[str, Tensor]
 Weights = Mapping[str, Tensor]
@@ -21,7 +25,8 @@ class Tower:
     """The network of a checkpoint, on the meta device, and the weights that belong in it.
 
     `run` takes normalised pixels [n, 3, size, size] through it; `zero` says whether what it makes of the zero picture
-    is what adapters read where there is no face.
+    is what adapters read where there is no face; `family` is as in encoder ids; `pixels` what the host's preprocessing
+    is told beyond the size.
     """
 
     architecture: str
@@ -30,6 +35,8 @@ class Tower:
     weights: Weights
     run: Callable[[Any, Tensor], Layers]
     zero: bool = True
+    family: str = "clip"
+    pixels: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ class Sizes:
     def ratio(self) -> float:
         return (self.inner + 0.5) / self.width  # it comes back as int(width * ratio)
 
-    def name(self, eva: bool = False) -> str:
-        return clip.architecture(self.width, self.layers, self.patch, self.side, eva)
+    def name(self, kind: str = "vit") -> str:
+        return clip.architecture(self.width, self.layers, self.patch, self.side, kind)
 
 
 def _count(weights: Weights, prefix: str) -> int:
@@ -118,7 +125,7 @@ def eva_clip(weights: Weights, file: str, activation: str) -> Tower:
     with torch.device("meta"):
         module = make(depth=sizes.layers)
     module.rope = make(depth=0).rope  # no weight of the file, so not to be left on meta
-    return Tower(sizes.name(eva=True), sizes.side, module, weights, _run_eva_clip, zero=False)
+    return Tower(sizes.name("eva02"), sizes.side, module, weights, _run_eva_clip, zero=False)
 
 
 def _run_eva_clip(tower: Any, pixels: Tensor) -> Layers:
@@ -135,11 +142,47 @@ def _run_eva_clip(tower: Any, pixels: Tensor) -> Layers:
     }
 
 
+class Pooled(CLIPVision):
+    """The host's SigLIP tower with the pooling head that it leaves out."""
+
+    def __init__(self, config: Mapping[str, Any], operations: Any) -> None:
+        super().__init__(config, torch.float32, "meta", operations)
+        self.head = PoolingHead(config["hidden_size"], config["num_attention_heads"], config["intermediate_size"])
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = siglip_head.EPSILON  # the host leaves it at CLIP's
+
+
+def siglip(weights: Weights, file: str, activation: str) -> Tower:
+    """SigLIP's tower as transformers saves it. Raises KeyError."""
+    weights = {key: weight for key, weight in weights.items() if key != "embeddings.position_ids"}
+    width, channels, patch, _ = weights["embeddings.patch_embedding.weight"].shape
+    positions, layers = weights["embeddings.position_embedding.weight"].shape[0], _count(weights, "encoder.layers.")
+    size = clip.SIGLIP_SIZES.get((positions, patch), round(positions**0.5) * patch)
+    config = {
+        "num_channels": channels, "hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "image_size": size,
+        "intermediate_size": weights["encoder.layers.0.mlp.fc1.weight"].shape[0], "patch_size": patch,
+        "model_type": "siglip_vision_model", "num_hidden_layers": layers,
+        "num_attention_heads": width // clip.HEAD_WIDTHS.get(width, 64),
+    }  # fmt: skip
+    with torch.device("meta"):
+        module = Pooled(config, comfy.ops.disable_weight_init)
+    name = clip.architecture(width, layers, patch, size, "so")
+    pixels = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop": False}  # stretched to a square, as published
+    return Tower(name, size, module, weights, _run_siglip, zero=False, family="siglip", pixels=pixels)
+
+
+def _run_siglip(tower: Any, pixels: Tensor) -> Layers:
+    states = tower(pixels)[0]
+    return {"pooled": tower.head(states)}
+
+
 # The tensor that tells a layout -> what builds its tower of weights, file name and activation.
 LAYOUTS: Mapping[str, Callable[[Weights, str, str], Tower]] = {
     "patch_embed.proj.weight": eva_clip,
     "trunk.patch_embed.proj.weight": eva_clip,
     "conv1.weight": open_clip,
+    "head.probe": siglip,
 }
 
 
