@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, str | None]] = {
     "pulid_v1_1": {"sd15": None, "sdxl": "pulid_v1.1"},
 }
 FACES = {"portrait": 5}
-METHODS = ("flashface", "fused", "mixed")  # those with a module and a table of their own
+METHODS = ("flashface", "fused", "mixed", "flux")  # those with a module and a table of their own
 BARE = "bare model"
 FULL = {"sd15": {"channel_mult": [1, 2, 4, 4]}, "sdxl": {"channel_mult": [1, 2, 4]}}
 

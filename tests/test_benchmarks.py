@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_likeness.benchmarks import flashface, fused, mixed
+from comfyui_likeness.benchmarks import flashface, flux, fused, mixed
 from comfyui_likeness.benchmarks.measure import KINDS, Bench, Row, base_model, table, with_identity
 from comfyui_likeness.nodes.attention.unet import sites
 
@@ -72,3 +72,14 @@ def test_a_text_stream_costs_a_second_picture() -> None:
     assert two < counts["own text stream"] < 1.2 * two
     assert counts["own text stream"] == counts["shared text stream"]
     assert bare < counts["no text stream (off)"] < 1.2 * bare
+
+
+def test_flux_pays_for_one_attention_per_block() -> None:
+    """4 * N * T * C for the products with keys and values, in every block; N counts the text where it takes part."""
+    counts = {case.name: case.flops() for case in flux.cases("small", RESOLUTION)}
+    picture, text, width = (RESOLUTION // 16) ** 2, flux.TEXT["small"], flux.CONFIGS["small"]["hidden_size"]
+    doubles, singles = (flux.CONFIGS["small"][key] for key in ("depth", "depth_single_blocks"))
+    added = {name: count - counts["bare model"] for name, count in counts.items()}
+    assert added["XLabs v2"] == 4 * 16 * width * doubles * picture
+    assert added["InstantX"] == 4 * 128 * width * (doubles * picture + singles * (picture + text))
+    assert added["Omni-ID"] == 4 * 256 * width * (doubles + singles) * picture
