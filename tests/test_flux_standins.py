@@ -75,9 +75,8 @@ def test_each_adapter_is_known_and_fits(models: Path, file: str) -> None:
     assert given.spec.kind == kind and given.spec.base == "FLUX.1"
     assert "FLUX.1" in report and str(given.spec.tokens) in report
     model = flux(models)
-    patched = ApplyDecoupled.execute(model, given, person(given.spec, *shapes), 1.0, 0.0, 1.0, "linear", "V only").args[
-        0
-    ]
+    who = person(given.spec, *shapes)
+    patched = ApplyDecoupled.execute(model, given, who, 1.0, 0.0, 1.0, "linear", "V only").args[0]
     text = [[torch.ones(1, 7, 768), {"pooled_output": torch.ones(1, 768)}]]
     run = {"cfg": 1.0, "positive": text, "negative": text, "steps": 1}
     assert not close(sample(patched, "FLUX.1", **run), sample(model, "FLUX.1", **run), 1e-3)

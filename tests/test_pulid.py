@@ -66,6 +66,17 @@ def test_flux_attention(name: str) -> None:
     assert_close(module.read(case.input("img"), *module(case.input("id_tokens"))), case.outputs()["out"])
 
 
+@pytest.mark.parametrize("mode", pulid.MODES.values(), ids=pulid.MODES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_channel_that_is_zero_has_no_part_along_it(mode: pulid.Mode, dtype: torch.dtype) -> None:
+    o, i, q = torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    o[..., 3] = 0
+    out = mode.mix(o, i, q, mode.drained(i), 2)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert torch.equal(out[..., 3], i[..., 3])
+    assert mode.drained(i).shape == (2, 9 + mode.zeros, 8) and (mode.mix is pulid.PLAIN.mix) == torch.equal(out, i)
+
+
 def test_eva_clips_stand_in_is_of_the_published_layout() -> None:
     shapes = standin_eva.eva_clip()
     published = cases("ip_adapter", "encoder")["eva_clip_tiny"].weights().keys()

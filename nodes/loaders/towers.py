@@ -158,7 +158,7 @@ def siglip(weights: Weights, file: str, activation: str) -> Tower:
     weights = {key: weight for key, weight in weights.items() if key != "embeddings.position_ids"}
     width, channels, patch, _ = weights["embeddings.patch_embedding.weight"].shape
     positions, layers = weights["embeddings.position_embedding.weight"].shape[0], _count(weights, "encoder.layers.")
-    size = clip.SIGLIP_SIZES.get((positions, patch), round(positions**0.5) * patch)
+    size = clip.SIGLIP_SIZES.get((positions, patch)) or round(positions**0.5) * patch
     config = {
         "num_channels": channels, "hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "image_size": size,
         "intermediate_size": weights["encoder.layers.0.mlp.fc1.weight"].shape[0], "patch_size": patch,
