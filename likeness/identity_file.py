@@ -100,6 +100,14 @@ def save(identity: Identity, path: Path, include_crops: bool = True, date: datet
     data = save_tensors(tensors, {"likeness": json.dumps(told, ensure_ascii=False)})
     if int.from_bytes(data[:8], "little") > HEADER_MAX:
         raise ValueError(f"got {len(identity.sources)} sources too long for the file's header; shorten them")
+    write(data, path)
+
+
+def write(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all; its folder is made where it is missing. Raises ValueError where it cannot be.
+
+    A file that was there is replaced in one step once the new one is on the disk.
+    """
     temporary = path.parent / f".likeness-{secrets.token_hex(8)}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

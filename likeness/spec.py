@@ -191,3 +191,17 @@ class AdapterSpec:
     unconditional: str = "zero"
     as_text: bool = True
     names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PrompterSpec:
+    """What an AdaFace file is (likeness.adaface).
+
+    `base` is the family of base models; `towers` maps each of its text encoders, "l", to the width of its words, in the
+    order in which a vector holds them; `heads` are those of the inverter's attention; `notes` say how it was trained.
+    """
+
+    base: str
+    towers: Mapping[str, int]
+    heads: int
+    notes: Mapping[str, Any] = field(default_factory=dict)

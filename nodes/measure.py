@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness import draw, faces
+from ..likeness import draw, faces, pose
 from ..likeness.spec import Identity
 from . import types
 from .photos import Choice, Taken, split, take_all, target
@@ -107,4 +107,59 @@ def _drawn(one: Taken, width: int, height: int) -> Tensor:
     return draw.key_points([one.face.kps * scale + offset], height, width)
 
 
-NODES = [MeasureLikeness, FaceKeyPoints]
+class TemplateKeyPoints(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LikenessTemplateKeyPoints",
+            display_name="Key Points of a Template",
+            category="likeness/face",
+            description="Draws the five key points of a template face, turned as you like, on black: a pose for a "
+            "ControlNet without a photo of it.",
+            search_aliases=["pose", "landmarks", "controlnet", "instantid"],
+            inputs=[
+                io.Int.Input(
+                    "width", default=1024, min=64, max=16384, step=8,
+                    tooltip="Width of the drawing in pixels, that of the picture to make.",
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=64, max=16384, step=8,
+                    tooltip="Height of the drawing in pixels, that of the picture to make.",
+                ),
+                io.Float.Input(
+                    "size", default=0.4, min=0.02, max=2.0, step=0.01,
+                    tooltip="Height of the face in parts of the picture's, 0.02 to 2: 0.4 is a portrait.",
+                ),
+                io.Float.Input(
+                    "x", default=0.5, min=0.0, max=1.0, step=0.01,
+                    tooltip="Middle of the face across the picture, 0 left to 1 right.",
+                ),
+                io.Float.Input(
+                    "y", default=0.4, min=0.0, max=1.0, step=0.01,
+                    tooltip="Middle of the face down the picture, 0 top to 1 bottom.",
+                ),
+                io.Float.Input(
+                    "yaw", default=0.0, min=-90.0, max=90.0, step=1.0,
+                    tooltip="Turn of the head in degrees, -90 to 90: above 0 it looks to the right.",
+                ),
+                io.Float.Input(
+                    "pitch", default=0.0, min=-90.0, max=90.0, step=1.0,
+                    tooltip="Nod of the head in degrees, -90 to 90: above 0 it looks up.",
+                ),
+                io.Float.Input(
+                    "roll", default=0.0, min=-180.0, max=180.0, step=1.0,
+                    tooltip="Tilt of the head in degrees, -180 to 180: above 0 clockwise.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="key_points")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, width: int, height: int, size: float, x: float, y: float, yaw: float, pitch: float, roll: float
+    ) -> io.NodeOutput:
+        points = pose.key_points(size * height, (x * width, y * height), yaw, pitch, roll)
+        return io.NodeOutput(draw.key_points([points], height, width)[None])
+
+
+NODES = [MeasureLikeness, FaceKeyPoints, TemplateKeyPoints]

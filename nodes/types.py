@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, OmniIDSpec
+from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, OmniIDSpec, PrompterSpec
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 People = io.Custom("LIKENESS_PEOPLE")
@@ -19,6 +19,7 @@ Adapter = io.Custom("LIKENESS_ADAPTER")
 FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
 ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
 ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
+Prompter = io.Custom("LIKENESS_PROMPTER")
 OmniID = io.Custom("LIKENESS_OMNI_ID")
 
 
@@ -97,6 +98,17 @@ class LoadedReferenceNet:
     patcher: ModelPatcher
     added: ModelPatcher | None
     bank: MemoryBank
+    file: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPrompter:
+    """What goes through LIKENESS_PROMPTER, under the host's care: Arc2Face's text encoder (clip_text.TextModel), and
+    the inverter (adaface.PromptInverter) with its spec, which are None where Arc2Face was loaded alone."""
+
+    arc2face: ModelPatcher
+    inverter: ModelPatcher | None
+    spec: PrompterSpec | None
     file: str
 
 

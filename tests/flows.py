@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ WORKFLOWS = ROOT / "workflows"
 NAMES = demo.names()
 SMALL: dict[str, dict[str, Any]] = {
     "EmptyLatentImage": {"width": 128, "height": 128},
+    "EmptySD3LatentImage": {"width": 128, "height": 128},
+    "LikenessTemplateKeyPoints": {"width": 128, "height": 128},
     "LikenessFaceKeyPoints": {"width": 128, "height": 128},
     "ImageScale": {"width": 128, "height": 128},
     "KSampler": {"steps": 2},
@@ -29,6 +32,7 @@ APPLY: dict[str, dict[str, Any]] = {
     "LikenessApplyReference": {"strength": 0.0, "face_position": None},
     "LikenessApplyFused": {"strength": 0.0},
     "LikenessApplyMixed": {"strength": 0.0},
+    "LikenessPrompt": {"strength": 0.0},
 }
 
 Prompt = dict[str, Any]
@@ -40,7 +44,7 @@ def workflow(name: str) -> dict[str, Any]:
 
 def small(name: str, **changes: dict[str, Any]) -> Prompt:
     """A prompt of the repository for a small picture in few steps; `changes` are inputs by class, None removes one."""
-    prompt = copy.deepcopy(demo.read(name))
+    prompt = demo.for_stand_ins(copy.deepcopy(demo.read(name)))
     for node in prompt.values():
         inputs = node["inputs"] | SMALL.get(node["class_type"], {}) | changes.get(node["class_type"], {})
         node["inputs"] = {key: value for key, value in inputs.items() if value is not None}
@@ -48,15 +52,38 @@ def small(name: str, **changes: dict[str, Any]) -> Prompt:
 
 
 def bare(prompt: Prompt) -> Prompt:
-    """The prompt without its Apply nodes: whoever took their model takes the one that they took."""
-    gone = {key: node for key, node in prompt.items() if node["class_type"] in APPLY}
-    rest = {key: copy.deepcopy(node) for key, node in prompt.items() if key not in gone}
+    """The prompt without its Apply nodes: whoever took their model takes the one that they took.
+
+    A prompt with a person becomes one of ComfyUI's own that says the class word.
+    """
+    gone = {key: node for key, node in prompt.items() if node["class_type"] in APPLY and "model" in node["inputs"]}
+    rest: Prompt = {}
+    for key, node in prompt.items():
+        if node["class_type"] == "LikenessPrompt":
+            rest |= said(key, node["inputs"])
+        elif key not in gone:
+            rest[key] = copy.deepcopy(node)
     for node in rest.values():
         for name, value in node["inputs"].items():
             while isinstance(value, list) and value[0] in gone:
                 value = gone[value[0]]["inputs"]["model"]
             node["inputs"][name] = value
     return rest
+
+
+def said(key: str, given: dict[str, Any]) -> Prompt:
+    """ComfyUI's own nodes that encode a prompt with the class word for each `@name`."""
+    word, text = given["class_word"], given["text"]
+    if isinstance(text, str):
+        text, more = re.sub(r"@\w+", word, text), {}
+    else:
+        more = {f"{key}_text": made("StringReplace", string=text, find="@anna", replace=word)}
+        text = [f"{key}_text", 0]
+    return more | {key: made("CLIPTextEncode", clip=given["clip"], text=text)}
+
+
+def made(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
 
 
 def pixels(server: Server, entry: dict[str, Any]) -> np.ndarray:

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from comfyui_likeness.tools import demo
 from comfyui_likeness.tools.server import ServerError
-from flows import APPLY, NAMES, WORKFLOWS, bare, cached, paint, pixels, run, small, workflow
+from flows import APPLY, NAMES, WORKFLOWS, bare, cached, made, paint, pixels, run, small, workflow
 from PIL import Image
 from safetensors import safe_open
 
 pytest_plugins = ["served"]
 
-PAINTING = [name for name in NAMES if any(node["class_type"] == "SaveImage" for node in demo.read(name).values())]
+# Those that paint, and have a node that puts the identity in.
+PAINTING = [
+    name
+    for name in NAMES
+    if {"SaveImage"} < (kinds := {node["class_type"] for node in demo.read(name).values()}) and kinds & APPLY.keys()
+]
 
 
 def declared(info: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +103,21 @@ def test_workflow_paints_and_strength_0_is_no_node(name, server, library):
     without = paint(server, bare(prompt))
     assert np.array_equal(paint(server, small(name, **APPLY)), without)
     assert not np.array_equal(with_identity, without)
+
+
+def test_an_embedding_file_paints_the_person_of_the_prompt(server, library):
+    by_file = small("adaface_embedding")
+    by_prompt = {key: node for key, node in by_file.items() if key not in ("embedding", "text", "positive")}
+    given = by_file["embedding"]["inputs"]
+    by_prompt["positive"] = made(
+        "LikenessPrompt", clip=["checkpoint", 1], prompter=given["prompter"], identity=given["identity"],
+        text=by_file["text"]["inputs"]["string"], strength=1.0, class_word="woman",
+    )  # fmt: skip
+    painted = paint(server, by_file)
+    assert painted.std() > 2
+    assert np.array_equal(painted, paint(server, by_prompt))
+    assert (server.base / "models" / "embeddings" / "anna.safetensors").is_file()
+    assert not np.array_equal(painted, paint(server, bare(by_prompt)))
 
 
 def test_another_identity_paints_another_picture(server, library):

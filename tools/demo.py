@@ -24,12 +24,21 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # Where weights are random a large picture shows no more, and takes minutes on a CPU.
 SMALL: dict[str, dict[str, int]] = {
     "EmptyLatentImage": {"width": 256, "height": 256},
+    "EmptySD3LatentImage": {"width": 256, "height": 256},
+    "LikenessTemplateKeyPoints": {"width": 256, "height": 256},
     "LikenessFaceKeyPoints": {"width": 256, "height": 256},
     "ImageScale": {"width": 256, "height": 256},
     "KSampler": {"steps": 4},
     "LikenessApplyFused": {"face_size": 256},
     "LikenessTrailingSchedule": {"steps": 4},
 }
+
+# FLUX's second text encoder is too large to stand in for: the stand-in reads CLIP-L's text.
+INSTEAD: dict[str, dict[str, Any]] = {
+    "DualCLIPLoader": {
+        "class_type": "CLIPLoader", "inputs": {"clip_name": "clip_l.safetensors", "type": "stable_diffusion"},
+    },
+}  # fmt: skip
 
 Prompt = dict[str, Any]
 
@@ -51,6 +60,11 @@ def small(prompt: Prompt) -> Prompt:
     return {
         key: {**node, "inputs": {**node["inputs"], **SMALL.get(node["class_type"], {})}} for key, node in prompt.items()
     }
+
+
+def for_stand_ins(prompt: Prompt) -> Prompt:
+    """The prompt with what cannot be stood in for replaced."""
+    return {key: INSTEAD.get(node["class_type"], node) for key, node in prompt.items()}
 
 
 def photos(prompt: Prompt) -> set[str]:
@@ -132,7 +146,7 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
     """Run on small models with random weights, made in `.host/base/models`."""
     base = host.HOME / "base"
     host.say("using stand-in models with random weights: the pictures will be noise, only the plumbing is real")
-    prompt = small(prompt) if cpu else prompt
+    prompt = for_stand_ins(small(prompt) if cpu else prompt)
     show_photo(prompt, photo, base, found.python)
     words = [found.python, "-c", STAND_INS, base, *files(prompt)]
     if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:

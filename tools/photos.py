@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 # Nearer and a little to one side, as further photos of the same person.
-TURNS = ((0.95, 0, 20, 0, 0.95, 4), (0.9, 0.05, 10, -0.05, 0.9, 22))
+TURNS = (
+    (0.95, 0, 20, 0, 0.95, 4), (0.9, 0.05, 10, -0.05, 0.9, 22), (0.85, -0.04, 50, 0.04, 0.85, 0),
+    (0.92, 0.08, 4, -0.08, 0.92, 40), (0.8, 0, 60, 0, 0.85, 8),
+)  # fmt: skip
 
 # Three people: the middle of the head, its top, half its width, how near.
 STANDING = ((150, 130, 48, 190), (384, 90, 54, 225), (622, 140, 46, 180))
 
 
 def make(folder: Path) -> None:
-    """Write `portrait.png`, `portrait_2.png` to `_4` (the same person), `other_person.png` and `third_person.png` (who
+    """Write `portrait.png`, `portrait_2.png` to `_7` (the same person), `other_person.png` and `third_person.png` (who
     look different), and `group_depth.png`: where three people stand, the nearer the lighter.
     """
     import numpy as np
@@ -32,12 +35,12 @@ def make(folder: Path) -> None:
         .crop(((wide - width) // 2, 0, (wide - width) // 2 + width, height))
     )
     other = (np.asarray(broad)[..., [2, 1, 0]] * 0.8).astype(np.uint8)
-    left, top = (portrait.transform(portrait.size, Image.Transform.AFFINE, m) for m in TURNS)
     third = (np.asarray(portrait.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[..., [1, 0, 2]] * 0.9).astype(np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
     portrait.save(folder / "portrait.png")
-    left.save(folder / "portrait_3.png")
-    top.save(folder / "portrait_4.png")
+    for number, turn in enumerate(TURNS, 3):
+        turned = portrait.transform(portrait.size, Image.Transform.AFFINE, turn)
+        turned.save(folder / f"portrait_{number}.png")
     Image.fromarray(second).save(folder / "portrait_2.png")
     Image.fromarray(other).save(folder / "other_person.png")
     Image.fromarray(third).save(folder / "third_person.png")

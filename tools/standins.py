@@ -244,8 +244,16 @@ def omni_id() -> dict[str, Tensor]:
     return fill(standin_omni_id.shapes())
 
 
+def adaface() -> dict[str, Tensor]:
+    """AdaFace's converted file: CLIP-L's text encoder, the keys and values of its first layers twice as wide."""
+    text = clip_text("sd1_clip_config.json", "prompt2token_proj.", torch.float16)
+    wide = [key for key in text if key.split(".")[4:5] < ["4"] and (".k_proj." in key or ".v_proj." in key)]
+    mix = {"hidden_state_layer_weights": torch.tensor([[0.9163], [0.9483], [2.0762]])}
+    return text | {key: torch.cat((text[key], 0.9 * text[key])) for key in wide} | mix
+
+
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The groups of a `.bin` file."""
+    """The groups of an adapter's `.bin` file."""
     out: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         group, rest = key.split(".", 1)
@@ -296,6 +304,8 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
     "omni_id_vit_h.safetensors": ("likeness", omni_id),
+    "adaface_sd15.safetensors": ("likeness", adaface),
+    "arc2face_encoder.bin": ("likeness", partial(clip_text, "sd1_clip_config.json", "", torch.float16)),
     "flashface.ckpt": ("likeness", partial(flashface, 5)),
     "flashface_inpainting.ckpt": ("likeness", partial(flashface, 9)),
     **{file: ("ipadapter", partial(adapter, layout)) for file, layout in ADAPTERS.items()},
@@ -307,6 +317,9 @@ TOLD = {
         "kind": "infinite_id", "version": 1, "base": "SDXL", "unconditional": "zero", "notes": {"trained": "no"},
     },
     "omni_id_vit_h.safetensors": standin_omni_id.TOLD,
+    "adaface_sd15.safetensors": {
+        "kind": "adaface", "version": 1, "base": "SD1.5", "towers": {"l": 768}, "heads": 12, "notes": {"trained": "no"},
+    },
     **{
         f"omni_id_{file}.safetensors": {
             "kind": "omni_id_adapter", "version": 1, "base": base, "tokens": standin_flux.OMNI_TOKENS,
@@ -365,8 +378,8 @@ def _save(make: Make, told: dict[str, Any] | None, path: Path) -> None:
     tensors = {key: value.contiguous() for key, value in make().items()}
     if path.suffix == ".safetensors":
         save_file(tensors, path, None if told is None else {"likeness": json.dumps(told)})
-    else:  # the groups of a .bin file; a .ckpt is flat
-        torch.save(nested(tensors) if path.suffix == ".bin" else tensors, path)
+    else:
+        torch.save(nested(tensors) if any(key.startswith("image_proj.") for key in tensors) else tensors, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import demo, frontend, host
+from . import demo, frontend, host, notes
 from .server import Server, ServerError, serve
 
 FOLDER = host.ROOT / "workflows"
@@ -49,7 +49,8 @@ GROUPS = (
         0,
         "#3f789e",
         ("LoadImage", "ImageScale", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
-            "LoadFaceAnalyzer", "LoadImageEncoder", "EncodeIdentity", "LoadIdentity", "MixIdentities"))),
+            "LoadFaceAnalyzer", "LoadImageEncoder", "LoadOmniID", "EncodeIdentity", "LoadIdentity", "MixIdentities",
+            "AttentionMap"))),
     ),
     Group("Place", 0, "#88527a", ("SolidMask", "MaskComposite")),
     Group("People", 0, "#a1603c", tuple(f"{PREFIX}{name}" for name in (
@@ -60,10 +61,15 @@ GROUPS = (
         "Pose",
         0,
         "#88527a",
-        (f"{PREFIX}FaceKeyPoints", f"{PREFIX}FaceTokens", "ControlNetLoader", "ControlNetApplyAdvanced", "LoadImage"),
+        ("ControlNetLoader", "ControlNetApplyAdvanced", "LoadImage", *(f"{PREFIX}{name}" for name in (
+            "FaceKeyPoints", "TemplateKeyPoints", "FaceTokens"))),
     ),
     Group("Model and prompt", 1, "#6b5b95", (
-        "CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "InpaintModelConditioning")),
+        "CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader", "CLIPTextEncode", "FluxGuidance",
+        "ConditioningZeroOut", "EmptyLatentImage", "EmptySD3LatentImage", "InpaintModelConditioning",
+        "PrimitiveStringMultiline", "RegexExtract")),
+    Group("Identity into the prompt", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
+        "LoadAdaFace", "Prompt", "SaveEmbedding")) + ("StringReplace",)),
     Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
         "LoadAdapter", "ApplyDecoupled", "LoadFlashFace", "ModelAsReferenceNet", "ApplyReference", "ZeroShotFused",
         "ApplyFused", "ApplyMixed"))),
@@ -82,80 +88,6 @@ SIZES = {
     "CLIPTextEncode": (360, 150),
     NOTE: (420, 300),
 }
-# What an artist should know before the first run.
-ABOUT = {
-    "portrait_faceid_plusv2": "A portrait that keeps the face of a photo, by FaceID-PlusV2 on SD1.5. Lower strength "
-    "leaves more to the prompt.",
-    "portrait_plus_face": "A painting that keeps the face of a photo, by IP-Adapter Plus-Face on SD1.5.",
-    "instantid_sdxl": "The face and its pose of a photo, by InstantID on SDXL: the adapter brings the face, the "
-    "ControlNet its five key points.",
-    "flashface_portrait": "A portrait by FlashFace from four photos, with the face where the mask says, as in the "
-    "authors' demo. State an age in the prompt. Photos 2 to 4 are variants of one; use four different ones.",
-    "flashface_age_gender": "FlashFace lets the prompt change age and gender: two prompts at three strengths, as a "
-    "grid. The more strength, the more of the photos.",
-    "flashface_mix": "A person between two, by FlashFace: the weights say how much of each.",
-    "flashface_inpaint": "Paints a face into a picture, by FlashFace's inpainting version (a UNet of 9 input channels, "
-    "which its authors describe but have not published) in models/likeness.",
-    "fused_two_people": "Two people in one picture, by fused KV: a mask for each face, one prompt, one softmax over "
-    "text and faces. Without training: lower strength if colours of the photos come along.",
-    "decoupled_two_people": "The same two people by FaceID-PlusV2: each person's attention counts where the person's "
-    "box is.",
-    "fused_morph_three": "One face out of three, by fused KV without masks: strength says how much of each.",
-    "fused_group_depth": "Three people where a depth map has them, by fused KV and ComfyUI's own ControlNet, as in the "
-    "paper. The boxes lie over the heads of the depth map.",
-    "infinite_id_styles": "A photo as anime and as line art, by Infinite-ID: from left to right without AdaIN, with "
-    "AdaIN-mean, with AdaIN. Its authors have published no weights: train an adapter, or take one that others trained.",
-    "infinite_id_interpolation": "From one person to another in four pictures, by Infinite-ID: the strengths say how "
-    "much of each.",
-    "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
-    "later workflow finds them.",
-    "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
-    "choose files of your own.",
-}
-HUGGING_FACE = "https://huggingface.co"
-FACE_MODELS = "https://github.com/deepinsight/insightface/releases/download/v0.7"
-# Where a file comes from (empty: of your own training), and the folder under models/ that it goes to.
-MODELS = {
-    "v1-5-pruned-emaonly-fp16.safetensors": (
-        f"{HUGGING_FACE}/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
-        "checkpoints",
-    ),
-    "sd_xl_base_1.0.safetensors": (
-        f"{HUGGING_FACE}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
-        "checkpoints",
-    ),
-    "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors": (
-        f"{HUGGING_FACE}/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors",
-        "clip_vision",
-    ),
-    "ip-adapter-plus-face_sd15.safetensors": (
-        f"{HUGGING_FACE}/h94/IP-Adapter/resolve/main/models/ip-adapter-plus-face_sd15.safetensors",
-        "ipadapter",
-    ),
-    "ip-adapter-faceid_sd15.bin": (
-        f"{HUGGING_FACE}/h94/IP-Adapter-FaceID/resolve/main/ip-adapter-faceid_sd15.bin",
-        "ipadapter",
-    ),
-    "ip-adapter-faceid-plusv2_sd15.bin": (
-        f"{HUGGING_FACE}/h94/IP-Adapter-FaceID/resolve/main/ip-adapter-faceid-plusv2_sd15.bin",
-        "ipadapter",
-    ),
-    "ip-adapter.bin": (f"{HUGGING_FACE}/InstantX/InstantID/resolve/main/ip-adapter.bin", "instantid"),
-    "instantid/diffusion_pytorch_model.safetensors": (
-        f"{HUGGING_FACE}/InstantX/InstantID/resolve/main/ControlNetModel/diffusion_pytorch_model.safetensors",
-        "controlnet",
-    ),
-    "control_v11f1p_sd15_depth_fp16.safetensors": (
-        f"{HUGGING_FACE}/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
-        "control_v11f1p_sd15_depth_fp16.safetensors",
-        "controlnet",
-    ),
-    "infinite_id_sdxl.safetensors": ("", "likeness"),
-    "flashface.ckpt": (f"{HUGGING_FACE}/shilongz/FlashFace-SD1.5/resolve/main/flashface.ckpt", "likeness"),
-    "buffalo_l": (f"{FACE_MODELS}/buffalo_l.zip", "insightface/models"),
-    "antelopev2": (f"{FACE_MODELS}/antelopev2.zip", "insightface/models"),
-}
-
 Prompt = dict[str, Any]
 Workflow = dict[str, Any]
 
@@ -191,22 +123,6 @@ def _defaults(info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, options[0]["default"]
 
 
-def files(prompt: Prompt) -> list[str]:
-    """The entries of MODELS that the prompt names, in its order, each once."""
-    values = [value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, str)]
-    return [value for value in dict.fromkeys(values) if value in MODELS]
-
-
-def note(name: str, prompt: Prompt) -> str:
-    """The text of the note that says what the workflow does and which models go where."""
-    lines = [ABOUT[name], "", "Models:", ""]
-    for file in files(prompt):
-        url, folder = MODELS[file]
-        name = f"[{file}]({url})" if url else f"{file}, of your own training,"
-        lines.append(f"- {name} in `models/{folder}`" + (" (unpacked)" if url.endswith(".zip") else ""))
-    return "\n".join(lines)
-
-
 def finish(name: str, prompt: Prompt, opened: frontend.Opened) -> Workflow:
     """The workflow that the front end made of a numbered prompt, with our layout, properties and fixed ids."""
     made = opened.workflow
@@ -218,7 +134,7 @@ def finish(name: str, prompt: Prompt, opened: frontend.Opened) -> Workflow:
             socket["link"] = renumber.get(socket.get("link"))
         for socket in node.get("outputs", []):
             socket["links"] = sorted(renumber[link] for link in socket.get("links") or []) or None
-    nodes.append(_note(len(nodes) + 1, note(name, prompt)))
+    nodes.append(_note(len(nodes) + 1, notes.note(name, prompt)))
     groups = arrange(nodes, links)
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{REGISTRY_NAME}/workflows/{name}")),
@@ -246,11 +162,11 @@ def _finished_node(node: dict[str, Any], sizes: dict[str, list[int]]) -> dict[st
     properties = dict(node["properties"])
     if own:
         properties |= {"cnr_id": REGISTRY_NAME, "ver": version()}
-    named = [value for value in node.get("widgets_values") or [] if isinstance(value, str) and value in MODELS]
+    named = [value for value in node.get("widgets_values") or [] if isinstance(value, str) and value in notes.MODELS]
     models = [
         {"name": file, "url": url, "directory": folder}
-        for file, (url, folder) in ((file, MODELS[file]) for file in named)
-        if url and not url.endswith(".zip")
+        for file, (url, folder) in ((file, notes.MODELS[file]) for file in named)
+        if notes.direct(url)
     ]
     if models:
         properties["models"] = models

@@ -31,7 +31,10 @@ PROVIDERS: dict[str, tuple[tuple[str, ...], str]] = {
 AUTO = ("cuda", "rocm", "coreml", "directml", "openvino", "cpu")
 
 # Several packs share a recogniser, and packs get renamed: the network is named by its file where that is known.
-RECOGNISERS = {"w600k_r50.onnx": "buffalo_l", "glintr100.onnx": "antelopev2", "w600k_mbf.onnx": "buffalo_s"}
+RECOGNISERS = {
+    "w600k_r50.onnx": "buffalo_l", "glintr100.onnx": "antelopev2", "w600k_mbf.onnx": "buffalo_s",
+    "arcface.onnx": "arc2face",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,127 @@
+"""CLIP's text transformer (2103.00020), its keys and values as wide as a file has them (AdaFace).
+
+A widened layer has M keys for each token, all of them visible exactly when the token is: `k_proj` and `v_proj` are
+[M * D, D], copy by copy, and key number t * M + m is copy m of token t. M is read from the shapes, layer by layer.
+State dict: that of `text_model.` in the transformers layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .resampler import Shapes
+
+START, END = 49406, 49407  # the end is the padding too
+LENGTH = 77
+VOCABULARY = 49408
+
+
+class Attention(nn.Module):
+    """Self-attention of [B, T, D] over `copies` keys per token."""
+
+    def __init__(self, width: int, heads: int, copies: int, operations: Any) -> None:
+        super().__init__()
+        self.heads, self.copies = heads, copies
+        self.q_proj = operations.Linear(width, width)
+        self.k_proj = operations.Linear(width, copies * width)
+        self.v_proj = operations.Linear(width, copies * width)
+        self.out_proj = operations.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`mask` [T, T] is added to the logits."""
+        q = self.q_proj(x)
+        k, v = (part(x).unflatten(-1, (self.copies, -1)).flatten(1, 2) for part in (self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, ., D / heads]
+        mask = None if mask is None else mask.repeat_interleave(self.copies, dim=-1)
+        return self.out_proj(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1.702 * x).sigmoid()
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: the residual stream [B, T, D] after it."""
+
+    def __init__(self, width: int, inner: int, heads: int, copies: int, operations: Any) -> None:
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = operations.LayerNorm(width), operations.LayerNorm(width)
+        self.self_attn = Attention(width, heads, copies, operations)
+        self.mlp = nn.ModuleDict({"fc1": operations.Linear(width, inner), "fc2": operations.Linear(inner, width)})
+        self.activation = QuickGELU()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class TextModel(nn.Module):
+    """Token ids to word embeddings, word embeddings to the last states; causal, without a padding mask."""
+
+    layers: list[Layer]
+    size: dict[str, int]
+
+    def __init__(self, shapes: Shapes, heads: int, operations: Any) -> None:
+        """`shapes` are those of its state dict. Raises KeyError or ValueError where one is missing or odd."""
+        super().__init__()
+        words, width = shapes["embeddings.token_embedding.weight"]
+        positions, _ = shapes["embeddings.position_embedding.weight"]
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": operations.Embedding(words, width),
+                "position_embedding": operations.Embedding(positions, width),
+            }
+        )
+        self.layers = _layers(shapes, width, heads, operations)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(self.layers)})
+        self.final_layer_norm = operations.LayerNorm(width)
+        self.size = {"layers": len(self.layers), "width": width, "words": words, "positions": positions}
+
+    def words(self, ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+        """Word embeddings [1, T, D] in float32, without their positions."""
+        return self.embeddings["token_embedding"](torch.as_tensor(ids, device=device)).float()[None]
+
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Position embeddings [1, T, D] in float32."""
+        return self.embeddings["position_embedding"](torch.arange(count, device=device)).float()[None]
+
+    def forward(self, words: Tensor, mix: Tensor | None = None) -> Tensor:
+        """The last states [B, T, D] of word embeddings [B, T, D].
+
+        `mix` [n, 1 or D], the last row being the last layer's, weighs the residual streams after the last n layers;
+        they are summed ahead of the final LayerNorm, each column of weights made to sum to 1.
+        """
+        count = words.shape[1]
+        x = words + self.positions(count, words.device)
+        mask = torch.full((count, count), -torch.inf, device=x.device, dtype=x.dtype).triu(1)
+        streams: list[Tensor] = []
+        for layer in self.layers:
+            x = layer(x, mask)
+            streams = [*streams, x][-(1 if mix is None else len(mix)) :]
+        if mix is not None:
+            share = (mix / mix.sum(0)).to(x)
+            x = sum((row * stream for row, stream in zip(share, streams, strict=True)), torch.zeros_like(x))
+        return self.final_layer_norm(x)
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]], width: int, heads: int, operations: Any) -> list[Layer]:
+    count = len({key.split(".")[2] for key in shapes if key.startswith("encoder.layers.")})
+    made = []
+    for i in range(count):
+        name = f"encoder.layers.{i}"
+        inner, rows = shapes[f"{name}.mlp.fc1.weight"][0], shapes[f"{name}.self_attn.k_proj.weight"][0]
+        if rows % width or shapes[f"{name}.self_attn.v_proj.weight"][0] != rows:
+            raise ValueError(f"layer {i} has keys and values of unequal or odd width; expected the same multiple")
+        made.append(Layer(width, inner, heads, rows // width, operations))
+    return made
+
+
+def padded(ids: Sequence[int], length: int = LENGTH) -> list[int]:
+    """The ids of a prompt's words with start, end and padding, to `length`."""
+    return [START, *ids, *[END] * (length - 1 - len(ids))]
