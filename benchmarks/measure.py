@@ -35,6 +35,8 @@ KINDS: dict[str, dict[str, str | None]] = {
     "faceid_plus_v2": {"sd15": "ip-adapter-faceid-plus_sd15", "sdxl": "ip-adapter-faceid-plusv2_sdxl"},
     "portrait": {"sd15": "ip-adapter-faceid-portrait_sd15", "sdxl": "ip-adapter-faceid-portrait_sdxl"},
     "instantid": {"sd15": None, "sdxl": "instantid_ip-adapter"},
+    "pulid": {"sd15": None, "sdxl": "pulid_v1"},
+    "pulid_v1_1": {"sd15": None, "sdxl": "pulid_v1.1"},
 }
 FACES = {"portrait": 5}
 METHODS = ("flashface", "fused", "mixed", "adaface", "flux")  # those with a module and a table of their own
@@ -103,7 +105,8 @@ def with_identity(model: Any, base: str, size: str, kind: str) -> Any:
     held = ModelPatcher(module, comfy.model_management.get_torch_device(), torch.device("cpu"))
     adapter = part("nodes.types").LoadedAdapter(about, held, keymaps.under(tensors, "lora."), kind)
     faces = FACES.get(kind, 1)
-    shapes = {"raw": (512,), "projected": (1024,), "penultimate": (257, 1280)}
+    shapes = {"raw": (512,), "projected": (1024,), "penultimate": (257, 1280), "levels": (5, 577, 1024)}
+    shapes |= {"projected": (768,)} if "pulid" in kind else {}
     rows = {need.id("0" * 64): torch.randn(faces, *shapes[need.layer]) for need in about.needs}
     person = spec.Identity(
         "someone", torch.zeros(faces, 4), torch.zeros(faces, 5, 2), torch.ones(faces), torch.ones(faces),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
+import comfy.ldm.flux.layers
 import comfy.ops
 import torch
 from adapters import PULID, projector
@@ -12,14 +14,19 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import detect, keymaps, omni_adapter
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
 from comfyui_likeness.nodes.attention import decoupled as nodes
+from comfyui_likeness.nodes.attention.injection import ALWAYS, Bank, Call, Place, Term
 from comfyui_likeness.nodes.loaders import omni_adapter as loader
 from comfyui_likeness.nodes.types import LoadedAdapter
 from identities import identity
 from models import FLUX
+from models import sample as sample_family
 from torch import Tensor
 
 FAMILY = "FLUX.1"
+# Older hosts show FLUX's queries to no patch, and nothing but PuLID-FLUX can work there.
+SHOWN = "attn1_patch" in inspect.getsource(comfy.ldm.flux.layers)
 HIDDEN, DOUBLES, SINGLES = FLUX["hidden_size"], FLUX["depth"], FLUX["depth_single_blocks"]
+SIZE = (8, 12)  # of the latent
 WIDTH, INNER = 48, 64  # of what keys read, inside the projector
 OMNI = omni_adapter.KIND
 KINDS = ("xlabs", "instantx", "pulid_flux", OMNI)
@@ -111,3 +118,25 @@ def applied(model: ModelPatcher, given: LoadedAdapter | None = None, who: Any = 
     """The model with people in it, by the node."""
     given = given or adapter()
     return nodes.ApplyDecoupled.execute(model, given, who or person(given.spec.kind), **{**SETTINGS, **changes}).args[0]
+
+
+def sample(model: ModelPatcher, **changes: Any) -> Tensor:
+    """A latent as FLUX is sampled: one prompt, no CFG."""
+    return sample_family(model, FAMILY, **{"cfg": 1.0, "scheduler": "simple", "size": SIZE, **changes})
+
+
+class Recorder(Term):
+    """A term that notes what it reads and adds as much as it is told, at one place."""
+
+    window, patchers, places = ALWAYS, [], []
+
+    def __init__(self, place: Place, scale: float = 0.0) -> None:
+        self.bank, self.places, self.scale, self.read = Bank(), [place], scale, []
+
+    def prepare(self, call: Call) -> dict[Place, bool]:
+        return dict.fromkeys(self.places, True)
+
+    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        self.read.append(q.clone())
+        tokens = q if q.ndim == 3 else q.transpose(1, 2).flatten(2)
+        return self.scale * tokens.roll(1, dims=-1)  # the last norm would undo a mere factor

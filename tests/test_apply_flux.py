@@ -6,33 +6,43 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import comfy.ldm.modules.attention as backends
 import comfy.model_management
 import pytest
 import torch
 from adapters import adapter as unet_adapter
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import curves
-from comfyui_likeness.likeness.spec import Person
-from comfyui_likeness.nodes.attention import dit, flux
-from comfyui_likeness.nodes.attention.injection import ALWAYS, Bank, Call, Place, Term
+from comfyui_likeness.nodes.attention import dit, flux, patch
+from comfyui_likeness.nodes.attention.injection import Call, Place
 from comfyui_likeness.nodes.attention.patch import attach, injections
-from fluxes import DOUBLES, FAMILY, HIDDEN, KINDS, OMNI, SINGLES, adapter, applied, person
+from comfyui_likeness.nodes.attention.slots import KEY, Active, Now
+from fluxes import (
+    DOUBLES,
+    FAMILY,
+    HIDDEN,
+    KINDS,
+    OMNI,
+    SHOWN,
+    SINGLES,
+    SIZE,
+    Recorder,
+    adapter,
+    applied,
+    person,
+    sample,
+)  # fmt: skip
 from models import close, flux_controlnet, patcher, prompt
-from models import sample as sample_family
 from torch import Tensor
 
+pytestmark = pytest.mark.skipif(not SHOWN, reason="the host shows FLUX's queries to no patch")
+
 PLACES = (dit.PICTURE, dit.EVERYTHING, dit.QUERIED, dit.STREAM)
-SIZE = (8, 12)
 
 
 @pytest.fixture(scope="module")
 def base() -> ModelPatcher:
     return patcher(FAMILY)
-
-
-def sample(model: ModelPatcher, **changes: Any) -> Tensor:
-    """A latent as FLUX is sampled: one prompt, no CFG."""
-    return sample_family(model, FAMILY, **{"cfg": 1.0, "scheduler": "simple", "size": SIZE, **changes})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,23 +225,6 @@ def test_an_attention_mask_and_the_identity_work_together(base: ModelPatcher) ->
         assert not close(out, sample(applied(base, adapter(kind))), 1e-3)
 
 
-class Recorder(Term):
-    """A term that notes what it reads and adds as much as it is told, at one place."""
-
-    window, patchers, places = ALWAYS, [], []
-
-    def __init__(self, place: Place, scale: float = 0.0) -> None:
-        self.bank, self.places, self.scale, self.read = Bank(), [place], scale, []
-
-    def prepare(self, call: Call) -> dict[Place, bool]:
-        return dict.fromkeys(self.places, True)
-
-    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        self.read.append(q.clone())
-        tokens = q if q.ndim == 3 else q.transpose(1, 2).flatten(2)
-        return self.scale * tokens.roll(1, dims=-1)  # the last norm would undo a mere factor
-
-
 @pytest.mark.parametrize("block", [("double", 1), ("single", 3)])
 @pytest.mark.parametrize("name", PLACES)
 def test_a_place_sees_the_pictures_own_tokens(base: ModelPatcher, name: str, block: tuple[str, int]) -> None:
@@ -258,65 +251,6 @@ def test_reference_pictures_get_nothing(base: ModelPatcher, kind: str) -> None:
     assert not close(out, sample(applied(base, adapter(kind))), 1e-3)
 
 
-def people(kind: str, size: tuple[int, int] = SIZE) -> tuple[Person, ...]:
-    """Two people, one in either half of the picture."""
-    left = torch.zeros(1, 8 * size[0], 8 * size[1])
-    left[:, :, : 4 * size[1]] = 1
-    return Person(person(kind, seed=1), left), Person(person(kind, seed=2), 1 - left)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_inside_the_others_region_nothing_of_a_person_is_added(base: ModelPatcher, kind: str) -> None:
-    first, second = people(kind)
-    layer = {"custom_layers": "0:1"}
-    seen: list[Tensor] = []
-
-    def look(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        seen.append(args["img"].clone().view(1, SIZE[0] // 2, SIZE[1] // 2, -1))
-        return extra["original_block"](args)
-
-    for who in ((), (first,), (first, second)):
-        model = applied(base, adapter(kind), who, **layer).clone() if who else base.clone()
-        model.set_model_patch_replace(look, "dit", "double_block", 1)
-        sample(model, steps=1)
-    none, one, both = seen
-    half = SIZE[1] // 4
-    assert torch.equal(one[:, :, half:], none[:, :, half:])
-    assert not close(one[:, :, :half], none[:, :, :half], 1e-3)
-    assert torch.equal(both[:, :, :half], one[:, :, :half])
-    assert not close(both[:, :, half:], none[:, :, half:], 1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_regions_with_references_batches_and_odd_sizes(base: ModelPatcher, kind: str) -> None:
-    latents = [torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(3))]
-    given = {"positive": prompt(1, FAMILY, reference_latents=latents), "size": (9, 11), "cfg": 3.0}
-    who = people(kind, (9, 11))
-    both = sample(applied(base, adapter(kind), who), batch=2, **given)
-    assert close(both[:1], sample(applied(base, adapter(kind), who), **given))
-    assert not close(both, sample(applied(base, adapter(kind), who[:1]), batch=2, **given), 1e-3)
-
-
-def test_a_region_leaves_the_text_alone(base: ModelPatcher) -> None:
-    """InstantX adds to the text's tokens too, which lie in no region."""
-    given, (first, _) = adapter("instantx"), people("instantx")
-    place, only = Place(dit.EVERYTHING, ("single", 0)), {"custom_layers": f"{DOUBLES}:1"}
-    whole, masked = (injections(applied(base, given, who, **only))[0] for who in ((Person(first.identity),), (first,)))
-    seen: list[Tensor] = []
-
-    class Watched(Recorder):
-        def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-            call = Call(("positive",), 1, q.dtype, q.device, torch.ones(1), None, None)
-            seen.extend(one.term(one.prepare(call)[place], q, options) for one in (whole, masked))
-            return torch.zeros_like(seen[0])
-
-    sample(attach(base, Watched(place)), steps=1)
-    assert not (seen[0][:, :7] == 0).any() and (seen[1][:, :7] == 0).all()
-    own = [one[:, 7:].view(1, SIZE[0] // 2, SIZE[1] // 2, -1) for one in seen]
-    assert torch.equal(own[0][:, :, : SIZE[1] // 4], own[1][:, :, : SIZE[1] // 4])
-    assert (own[1][:, :, SIZE[1] // 4 :] == 0).all()
-
-
 def test_the_host_loads_and_frees_the_adapter(base: ModelPatcher) -> None:
     given = adapter()
     model = applied(base, given)
@@ -339,6 +273,23 @@ def test_several_photos_weigh_as_they_should(base: ModelPatcher) -> None:
     unfolded = sample(applied(base, given, two, batch="unfold"), batch=2)
     assert close(unfolded[:1], sample(applied(base, given, first), batch=2)[:1])
     assert not close(unfolded[1:], sample(applied(base, given, first), batch=2)[1:], 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic"])
+def test_every_backend_agrees(base: ModelPatcher, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = replace(person("instantx", faces=2), weight=torch.tensor([3.0, 1.0]))
+    model = applied(base, adapter("instantx"), two)
+    expected = sample(model)
+    monkeypatch.setattr(patch, "optimized_attention", getattr(backends, backend))
+    assert close(sample(model), expected)
+
+
+def test_a_host_that_shows_no_queries_is_told_so() -> None:
+    recorder = Recorder(Place(dit.QUERIED, ("double", 0)))
+    call = Call(("positive",), 1, torch.float32, torch.device("cpu"), torch.ones(1), None, None)
+    now = Now(call, {id(recorder): Active(recorder.prepare(call), None)}, None)
+    with pytest.raises(RuntimeError, match="expected 0.18 or newer"):
+        dit.behind(("double", 0), (recorder,), torch.zeros(1, 4, HIDDEN), {KEY: now, dit.CELLS: (2, 2)})
 
 
 def test_a_foreign_base_is_refused(base: ModelPatcher) -> None:

@@ -103,7 +103,7 @@ def test_pulid_sees_a_grey_face_on_white() -> None:
     grey = aligned @ torch.tensor([0.299, 0.587, 0.114])
     for x, y in inner.tolist():
         assert torch.equal(crop[y, x, 0], grey[y, x])
-    assert faces.CUTS.keys() == {*FACE_SIZES, "ffhq512"} == {*CROPS} - {"photo", "head"}
+    assert faces.CUTS.keys() == {*FACE_SIZES, "ffhq512"} == {*CROPS} - {"photo", "black", "head"}
 
 
 def test_the_head_is_a_square_of_twice_the_box_around_it() -> None:

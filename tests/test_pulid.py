@@ -6,11 +6,9 @@ import comfy.ops
 import pytest
 import torch
 from comfyui_likeness.likeness import detect, keymaps, pulid
-from comfyui_likeness.nodes.attention import flux as nodes
 from comfyui_likeness.nodes.loaders import towers
-from comfyui_likeness.tools import standin_pulid, standins
+from comfyui_likeness.tools import standin_eva
 from golden import Case, assert_close, cases
-from models import FLUX, patcher
 from torch import Tensor, nn
 
 PROJECTORS = cases("ip_adapter", "projector")
@@ -68,8 +66,19 @@ def test_flux_attention(name: str) -> None:
     assert_close(module.read(case.input("img"), *module(case.input("id_tokens"))), case.outputs()["out"])
 
 
-def test_the_stand_ins_are_of_the_published_layouts() -> None:
-    shapes = standin_pulid.eva_clip()
+@pytest.mark.parametrize("mode", pulid.MODES.values(), ids=pulid.MODES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_channel_that_is_zero_has_no_part_along_it(mode: pulid.Mode, dtype: torch.dtype) -> None:
+    o, i, q = torch.randn(3, 2, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    o[..., 3] = 0
+    out = mode.mix(o, i, q, mode.drained(i), 2)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert torch.equal(out[..., 3], i[..., 3])
+    assert mode.drained(i).shape == (2, 9 + mode.zeros, 8) and (mode.mix is pulid.PLAIN.mix) == torch.equal(out, i)
+
+
+def test_eva_clips_stand_in_is_of_the_published_layout() -> None:
+    shapes = standin_eva.eva_clip()
     published = cases("ip_adapter", "encoder")["eva_clip_tiny"].weights().keys()
     beyond = tuple(f"visual.blocks.{i}." for i in range(21, 24))  # the case has 21 blocks
     assert {key for key in shapes if not key.startswith(beyond)} == published
@@ -77,13 +86,3 @@ def test_the_stand_ins_are_of_the_published_layouts() -> None:
     tower = towers.tower_of(keymaps.under(meta, "visual."), "EVA.pt", "auto")
     keymaps.load(tower.module, tower.weights)
     assert tower.architecture == "eva02-l-14-336"
-    layout = standins.layout_of("pulid_flux_v0.9.x")
-    assert standin_pulid.for_flux(layout, 3072, 19, 38) == layout
-    small = standin_pulid.for_flux(layout, FLUX["hidden_size"], FLUX["depth"], FLUX["depth_single_blocks"])
-    renamed = keymaps.rename(
-        {key: torch.empty(shape, device="meta") for key, shape in small.items()}, keymaps.IP_ADAPTER
-    )
-    spec, _ = detect.read_spec(renamed)
-    detect.build(spec, renamed, OPERATIONS)
-    sites = nodes.fitting(spec, patcher("FLUX.1"))
-    assert [site.place.block for site in sites] == [("double", 0), ("single", 0)]

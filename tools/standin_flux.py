@@ -20,10 +20,13 @@ OMNI_WIDTH, OMNI_TOKENS = 1280, 256
 def fitted(layout: Shapes, config: Mapping[str, Any] = FLUX, text: int = TEXT) -> dict[str, tuple[int, ...]]:
     """The shapes of a published adapter's file for a FLUX of other sizes, whose keys read tokens `text` wide."""
     doubles, singles = config["depth"], config["depth_single_blocks"]
-    last = {"double_blocks": doubles, "ip_adapter": doubles + singles}
+    last = {
+        "double_blocks": doubles, "ip_adapter": doubles + singles,
+        "pulid_ca": -(-doubles // 2) + -(-singles // 4),  # behind every second and every fourth
+    }  # fmt: skip
     out: dict[str, tuple[int, ...]] = {}
     for key, shape in layout.items():
-        match = re.match(r"(double_blocks|ip_adapter)\.(\d+)\.", key)
+        match = re.match(r"(double_blocks|ip_adapter|pulid_ca)\.(\d+)\.", key)
         if match is None or int(match[2]) < last[match[1]]:
             cut = tuple(config["hidden_size"] if match and size == HIDDEN else size for size in shape)
             out[key] = tuple(size // TEXT * text if size % TEXT == 0 else size for size in cut)

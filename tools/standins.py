@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import standin_faces, standin_flashface, standin_flux, standin_omni_id, standin_pulid
+from . import standin_eva, standin_faces, standin_flashface, standin_flux, standin_omni_id
 
 RECIPE = 2  # raise it when what is written here changes
 LAYOUTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "golden" / "ip_adapter" / "layouts"
@@ -211,13 +211,7 @@ def narrowed(key: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
 
 
 def eva_clip() -> dict[str, Tensor]:
-    return fill(standin_pulid.eva_clip())
-
-
-def pulid_flux(base: Mapping[str, Any]) -> dict[str, Tensor]:
-    """PuLID-FLUX for a FLUX of this configuration."""
-    sizes = base["hidden_size"], base["depth"], base["depth_single_blocks"]
-    return fill(standin_pulid.for_flux(layout_of("pulid_flux_v0.9.x"), *sizes))
+    return fill(standin_eva.eva_clip())
 
 
 def for_flux(layout: str, text: int = standin_flux.TEXT) -> dict[str, Tensor]:
@@ -306,6 +300,7 @@ WEIGHTS: dict[str, tuple[str, Make]] = {
     "omni_id_sd15.safetensors": ("likeness", lambda: fill(standin_flux.omni_id_sd15(WIDTH))),
     "EVA02_CLIP_L_336_psz14_s6B.pt": ("clip_vision", eva_clip),
     "pulid_v1.1.safetensors": ("pulid", partial(adapter, "pulid_v1.1")),
+    "pulid_flux_v0.9.1.safetensors": ("pulid", partial(for_flux, "pulid_flux_v0.9.x")),
     "ip-adapter.bin": ("instantid", partial(adapter, "instantid_ip-adapter")),
     "infinite_id_sdxl.safetensors": ("likeness", partial(infinite_id, SDXL, 70)),
     "omni_id_vit_h.safetensors": ("likeness", omni_id),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .injection import Injection, Place
-from .slots import and_terms, now_of
+from .slots import Now, and_terms, now_of
 
 PICTURE = "dit_picture"  # added to the attention's result, ahead of the output projection
 EVERYTHING = "dit_everything"  # so too, the text's tokens in front included
@@ -43,7 +43,7 @@ class Joint:
         for name, start in ((PICTURE, text), (EVERYTHING, 0)):
             place, part = Place(name, block), slice(start, text + _tokens(options))
             if now.state(self.injection, place) is not None:
-                own = and_terms((self.injection,), place, now.queries[0][:, :, part], n[:, part], options)
+                own = and_terms((self.injection,), place, _queries(now)[:, :, part], n[:, part], options)
                 n = torch.cat((n[:, :start], own, n[:, part.stop :]), dim=1)
         return n
 
@@ -58,14 +58,30 @@ def behind(block: tuple[str, int], injections: Sequence[Injection], img: Tensor,
     """
     now, text = now_of(options), 0 if block[0] == "double" else options["img_slice"][0]
     part = slice(text, text + _tokens(options))
-    found = {STREAM: img[:, part]}
-    if now.queries:
-        ahead = now.queries[0].shape[2] - img.shape[1]  # the text's, where the stream is without it
-        found[QUERIED] = now.queries[0][:, :, ahead + part.start : ahead + part.stop]
-    out = found[STREAM]
-    for name, read in found.items():
-        out = and_terms(injections, Place(name, block), read, out, options)
-    return img if out is found[STREAM] else torch.cat((img[:, :text], out, img[:, part.stop :]), dim=1)
+    out = own = img[:, part]
+    for name in (QUERIED, STREAM):
+        place = Place(name, block)
+        if any(now.state(injection, place) is not None for injection in injections):
+            read = own if name == STREAM else _asked(now, img, part)
+            out = and_terms(injections, place, read, out, options)
+    return img if out is own else torch.cat((img[:, :text], out, img[:, part.stop :]), dim=1)
+
+
+def _asked(now: Now, img: Tensor, part: slice) -> Tensor:
+    """The queries of a part of a block's stream."""
+    queries = _queries(now)
+    ahead = queries.shape[2] - img.shape[1]  # the text's, where the stream is without it
+    return queries[:, :, ahead + part.start : ahead + part.stop]
+
+
+def _queries(now: Now) -> Tensor:
+    """The queries of the block that runs. Raises RuntimeError where the host keeps them to itself."""
+    if not now.queries:
+        raise RuntimeError(
+            "got a ComfyUI whose FLUX shows its queries to no patch; expected 0.18 or newer; update it, or use "
+            "PuLID-FLUX, which needs none"
+        )
+    return now.queries[0]
 
 
 def _tokens(options: dict[str, Any]) -> int:

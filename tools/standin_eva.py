@@ -1,14 +1,8 @@
-"""What PuLID's stand-ins consist of: EVA02-CLIP-L-14-336's image half in its authors' names, PuLID for small FLUXes."""
+"""What EVA-CLIP's stand-in consists of: the image half of EVA02-CLIP-L-14-336 in its authors' names."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
-Shapes = Mapping[str, tuple[int, ...]]
-
 WIDTH, INNER, BLOCKS, PATCH, POSITIONS, OUT = 1024, 2730, 24, 14, 577, 768
-EVERY = {"double": 2, "single": 4}  # of so many blocks of FLUX, PuLID's attention follows one
 
 
 def eva_clip() -> dict[str, tuple[int, ...]]:
@@ -29,14 +23,3 @@ def eva_clip() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     blocks = {f"blocks.{i}.{key}": shape for i in range(BLOCKS) for key, shape in block.items()}
     return {f"visual.{key}": shape for key, shape in (whole | blocks).items()}
-
-
-def for_flux(layout: Shapes, hidden: int, doubles: int, singles: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of PuLID-FLUX's file for a FLUX of other sizes: as many attentions as that has places for."""
-    count = -(-doubles // EVERY["double"]) + -(-singles // EVERY["single"])
-    out: dict[str, tuple[int, ...]] = {}
-    for key, shape in layout.items():
-        match = re.match(r"pulid_ca\.(\d+)\.", key)
-        if match is None or int(match[1]) < count:
-            out[key] = tuple(hidden if match and size == 3072 else size for size in shape)
-    return out
