@@ -114,7 +114,7 @@ def _encoder(given: Any) -> types.Encoder | None:
     if given.model_type != "clip_vision_model":
         raise ValueError(
             f"got a CLIP_VISION of the kind {given.model_type}; expected a CLIP image encoder; load CLIP ViT-H/14, "
-            "which most adapters need, or the one that the adapter's report names"
+            "which most adapters need, or the one that the adapter's report names; SigLIP comes by Load Image Encoder"
         )
     return HostEncoder(given)
 

@@ -13,6 +13,7 @@ import torch
 from adapters import adapter as unet_adapter
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import curves
+from comfyui_likeness.likeness import identity as identities
 from comfyui_likeness.nodes.attention import dit, flux, patch
 from comfyui_likeness.nodes.attention.injection import Call, Place
 from comfyui_likeness.nodes.attention.patch import attach, injections
@@ -130,6 +131,16 @@ def test_the_negative_prompt_gets_what_each_publisher_gives_it(base: ModelPatche
     other = replace(who, embeddings={photo: -who.embeddings[photo], black: who.embeddings[black]})
     rows = [sample(applied(base, given, one), cfg=0.0, steps=1) for one in (who, shown, other)]
     assert close(rows[0], rows[1], 1e-6) and close(rows[0], rows[2], 1e-6)
+
+
+def test_merged_and_mixed_people_keep_the_black_picture(base: ModelPatcher) -> None:
+    one, other = person("xlabs", seed=1), person("xlabs", faces=2, seed=2)
+    photo, black = one.embeddings
+    other = replace(other, embeddings={**other.embeddings, black: one.embeddings[black].repeat(2, 1)})
+    for both in (identities.mix([one, other], [1.0, 1.0]), identities.merge([one, other], "mean")[0]):
+        assert close(both.embeddings[black], one.embeddings[black], 1e-6)
+    with pytest.raises(ValueError, match=r"needs clip\.vit-l-14\.projected\.black"):
+        applied(base, adapter("xlabs"), replace(one, embeddings={photo: one.embeddings[photo]}))
 
 
 @pytest.mark.parametrize("error", [comfy.model_management.InterruptProcessingException, ValueError])
