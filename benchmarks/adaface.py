@@ -15,11 +15,11 @@ def prompter() -> Any:
     """Arc2Face's encoder and an inverter of their real size, from seeds."""
     import comfy.ops
 
-    standins, math, types = part("tools.standins"), part("likeness.adaface"), part("nodes.types")
+    models, math, types = part("tools.standin_models"), part("likeness.adaface"), part("nodes.types")
     care, operations = part("nodes.loaders.care"), comfy.ops.manual_cast
-    tensors, told = standins.adaface(), standins.TOLD["adaface_sd15.safetensors"]
+    tensors, told = models.adaface(), part("tools.standins").TOLD["adaface_sd15.safetensors"]
     spec = math.read_spec(told, "seeds")
-    text = standins.clip_text("sd1_clip_config.json", "", tensors["hidden_state_layer_weights"].dtype)
+    text = models.clip_text("sd1_clip_config.json", "", tensors["hidden_state_layer_weights"].dtype)
     encoder = care.patcher_of(math.text_model(text, "text_model.", 12, operations))
     inverter = care.patcher_of(math.build(tensors, spec, operations, "seeds"))
     return types.LoadedPrompter(encoder, inverter, spec, "seeds")

@@ -24,8 +24,8 @@ def load(size: str) -> tuple[Any, Any]:
     import torch
     from comfy import model_management as management
 
-    standins, loader = part("tools.standins"), part("nodes.loaders.flashface")
-    tensors = standins.flashface(5, 320 if size == "full" else 32)
+    models, loader = part("tools.standin_models"), part("nodes.loaders.flashface")
+    tensors = models.flashface(5, 320 if size == "full" else 32)
     dtype = torch.float16 if management.get_torch_device().type == "cuda" else torch.float32
     once = {key: value.to(dtype) for key, value in tensors.items() if not key.startswith(ALIASES)}
     return loader.build(once, "seeds", bank())

@@ -63,7 +63,7 @@ def base_model(size: str) -> Any:
     settings.set_inference_dtype(dtype, None)
     model = comfy.model_base.Flux(settings, device=torch.device("cpu"))
     shapes = {key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}
-    model.diffusion_model.load_state_dict(part("tools.standins").fill(shapes, dtype), assign=True)
+    model.diffusion_model.load_state_dict(part("tools.standin_models").fill(shapes, dtype), assign=True)
     model.diffusion_model.eval().requires_grad_(False)
     return ModelPatcher(model, device, torch.device("cpu"))
 
@@ -72,12 +72,12 @@ def adapter(kind: str, size: str) -> Any:
     """An adapter of that kind from seeds, in its published layout or the pack's own, fitting the model."""
     import comfy.ops
 
-    standins, cut = part("tools.standins"), part("tools.standin_flux")
+    models, cut = part("tools.standin_models"), part("tools.standin_flux")
     if kind == OMNI_ID:
-        told = standins.TOLD["omni_id_flux.safetensors"]
-        return part("nodes.loaders.omni_adapter").load(standins.fill(cut.omni_id(config_of(size))), told, kind)[0]
+        told = part("tools.standins").TOLD["omni_id_flux.safetensors"]
+        return part("nodes.loaders.omni_adapter").load(models.fill(cut.omni_id(config_of(size))), told, kind)[0]
     text = cut.TEXT if size == "full" else 256
-    flat = standins.fill(cut.fitted(standins.layout_of(LAYOUTS[kind]), config_of(size), text))
+    flat = models.fill(cut.fitted(models.layout_of(LAYOUTS[kind]), config_of(size), text))
     detect, keymaps = part("likeness.detect"), part("likeness.keymaps")
     tensors = keymaps.rename(flat, keymaps.IP_ADAPTER)
     about, _ = detect.read_spec(tensors)

@@ -72,8 +72,8 @@ def base_model(base: str, size: str) -> Any:
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    standins = importlib.import_module(f"{PACKAGE}.tools.standins")
-    config = getattr(standins, base.upper()) | (FULL[base] if size == "full" else {})
+    models = importlib.import_module(f"{PACKAGE}.tools.standin_models")
+    config = getattr(models, base.upper()) | (FULL[base] if size == "full" else {})
     supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[base]
     settings = supported({key: value for key, value in config.items() if key != "dims"})
     device = comfy.model_management.get_torch_device()
@@ -82,7 +82,7 @@ def base_model(base: str, size: str) -> Any:
     kind = {"sd15": comfy.model_base.BaseModel, "sdxl": comfy.model_base.SDXL}[base]
     model = kind(settings, device=torch.device("cpu"))
     shapes = {key: tuple(value.shape) for key, value in model.diffusion_model.state_dict().items()}
-    model.diffusion_model.load_state_dict(standins.fill(shapes, dtype))
+    model.diffusion_model.load_state_dict(models.fill(shapes, dtype))
     model.diffusion_model.eval().requires_grad_(False)
     return ModelPatcher(model, device, torch.device("cpu"))
 
@@ -98,7 +98,7 @@ def with_identity(model: Any, base: str, size: str, kind: str) -> Any:
         return importlib.import_module(f"{PACKAGE}.{name}")
 
     detect, keymaps, spec = part("likeness.detect"), part("likeness.keymaps"), part("likeness.spec")
-    flat = part("tools.standins").adapter(KINDS[kind][base], None if size == "full" else 320)
+    flat = part("tools.standin_models").adapter(KINDS[kind][base], None if size == "full" else 320)
     tensors = keymaps.rename(flat, keymaps.IP_ADAPTER)
     about, _ = detect.read_spec(tensors, variant=kind if kind == "faceid_plus_v2" else "auto")
     module = detect.build(about, tensors, comfy.ops.manual_cast).eval().requires_grad_(False)

@@ -26,11 +26,11 @@ def mixed(model: Any, adapter: Any, **changes: Any) -> Any:
 
 def adapter(model: Any, size: str) -> Any:
     """An adapter from seeds that fits the model."""
-    standins, loader = part("tools.standins"), part("nodes.loaders.mixed")
-    tensors = standins.infinite_id(standins.SD15, 16)
+    models, loader = part("tools.standin_models"), part("nodes.loaders.mixed")
+    tensors = models.infinite_id(models.SD15, 16)
     for site in part("nodes.attention.unet").sites(model.model.diffusion_model):
         shape = (site.hidden, site.context)
-        tensors |= {f"layers.{site.number}.{p}.weight": standins.weight(f"{site.number}{p}", shape) for p in "kv"}
+        tensors |= {f"layers.{site.number}.{p}.weight": models.weight(f"{site.number}{p}", shape) for p in "kv"}
     told = {"kind": "infinite_id", "version": 1, "base": "SD1.5", "unconditional": "zero", "notes": {"size": size}}
     return loader.load({key: value.float() for key, value in tensors.items()}, told, "seeds")[0]
 

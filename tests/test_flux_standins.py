@@ -17,7 +17,7 @@ from comfyui_likeness.likeness.spec import AdapterSpec
 from comfyui_likeness.nodes.attention.decoupled import ApplyDecoupled
 from comfyui_likeness.nodes.loaders import adapter as loader
 from comfyui_likeness.nodes.loaders import files
-from comfyui_likeness.tools import standins
+from comfyui_likeness.tools import standin_flux, standins
 from fluxes import SHOWN
 from identities import identity
 from models import close, patcher, sample
@@ -62,8 +62,8 @@ def test_the_host_knows_the_model_and_its_vae(models: Path) -> None:
     model = flux(models)
     assert type(model.model) is comfy.model_base.Flux
     config = model.model.model_config.unet_config
-    assert {key: config[key] for key in standins.standin_flux.FLUX if key in config} == {
-        key: value for key, value in standins.standin_flux.FLUX.items() if key in config
+    assert {key: config[key] for key in standin_flux.FLUX if key in config} == {
+        key: value for key, value in standin_flux.FLUX.items() if key in config
     }
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(models / "vae" / "ae.safetensors")))
     assert vae.decode(torch.zeros(1, 16, 4, 4)).shape == (1, 32, 32, 3)
