@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -171,21 +172,25 @@ def controlnet(base: dict[str, Any]) -> dict[str, Tensor]:
 
 def flux() -> dict[str, Tensor]:
     """A short FLUX.1 dev, which reads CLIP-L's text: the real one's second encoder is too large to stand in for."""
-    import comfy.ops
     from comfy.ldm.flux.model import Flux
 
-    operations = comfy.ops.disable_weight_init
-    return fill(shapes_of(lambda: Flux(dtype=torch.float32, operations=operations, **standin_flux.FLUX)))
+    return _flux(Flux)
 
 
 def controlnet_flux() -> dict[str, Tensor]:
     """A ControlNet for the FLUX stand-in, in XLabs' layout."""
-    import comfy.ops
     from comfy.ldm.flux.controlnet import ControlNetFlux
 
-    config = {key: value for key, value in standin_flux.FLUX.items()}
+    return _flux(ControlNetFlux)
+
+
+def _flux(kind: Callable[..., torch.nn.Module]) -> dict[str, Tensor]:
+    """A module of FLUX's kind under the published names, which call the weights of its norms of queries scales."""
+    import comfy.ops
+
     operations = comfy.ops.disable_weight_init
-    return fill(shapes_of(lambda: ControlNetFlux(dtype=torch.float32, operations=operations, **config)))
+    tensors = fill(shapes_of(lambda: kind(dtype=torch.float32, operations=operations, **standin_flux.FLUX)))
+    return {re.sub(r"(query|key)_norm\.weight", r"\1_norm.scale", key): value for key, value in tensors.items()}
 
 
 def clip_vision(config: str = "clip_vision_config_h.json") -> dict[str, Tensor]:
