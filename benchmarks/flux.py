@@ -75,7 +75,7 @@ def adapter(kind: str, size: str) -> Any:
     models, cut = part("tools.standin_models"), part("tools.standin_flux")
     if kind == OMNI_ID:
         told = part("tools.standins").TOLD["omni_id_flux.safetensors"]
-        return part("nodes.loaders.omni_adapter").load(models.fill(cut.omni_id(config_of(size))), told, kind)[0]
+        return part("nodes.loaders.own").load(models.fill(cut.omni_id(config_of(size))), told, kind)[0]
     text = cut.TEXT if size == "full" else 256
     flat = models.fill(cut.fitted(models.layout_of(LAYOUTS[kind]), config_of(size), text))
     detect, keymaps = part("likeness.detect"), part("likeness.keymaps")

@@ -26,7 +26,7 @@ def mixed(model: Any, adapter: Any, **changes: Any) -> Any:
 
 def adapter(model: Any, size: str) -> Any:
     """An adapter from seeds that fits the model."""
-    models, loader = part("tools.standin_models"), part("nodes.loaders.mixed")
+    models, loader = part("tools.standin_models"), part("nodes.loaders.own")
     tensors = models.infinite_id(models.SD15, 16)
     for site in part("nodes.attention.unet").sites(model.model.diffusion_model):
         shape = (site.hidden, site.context)

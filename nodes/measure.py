@@ -59,6 +59,17 @@ def hash_note(identity: Identity, analyzer: types.Analyzer) -> list[str]:
     return [f"Warning: {identity.name} was encoded with another file of {network}; the numbers may be off."]
 
 
+def size_inputs() -> list[io.Int.Input]:
+    """How large a drawing of key points is."""
+    return [
+        io.Int.Input(
+            name, default=1024, min=64, max=16384, step=8,
+            tooltip=f"{name.capitalize()} of the drawing in pixels, that of the picture to make.",
+        )
+        for name in ("width", "height")
+    ]  # fmt: skip
+
+
 class FaceKeyPoints(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -72,14 +83,7 @@ class FaceKeyPoints(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="Photo whose face gives place and pose; need not be the person's."),
                 types.FaceAnalyzer.Input("face_analyzer", tooltip="Finds the face."),
-                io.Int.Input(
-                    "width", default=1024, min=64, max=16384, step=8,
-                    tooltip="Width of the drawing in pixels, that of the picture to make.",
-                ),
-                io.Int.Input(
-                    "height", default=1024, min=64, max=16384, step=8,
-                    tooltip="Height of the drawing in pixels, that of the picture to make.",
-                ),
+                *size_inputs(),
                 io.Combo.Input(
                     "pick", options=[*faces.PICKS, faces.NTH], default="largest",
                     tooltip="Which face of the photo; nth counts from the left, from 1.",
@@ -118,14 +122,7 @@ class TemplateKeyPoints(io.ComfyNode):
             "ControlNet without a photo of it.",
             search_aliases=["pose", "landmarks", "controlnet", "instantid"],
             inputs=[
-                io.Int.Input(
-                    "width", default=1024, min=64, max=16384, step=8,
-                    tooltip="Width of the drawing in pixels, that of the picture to make.",
-                ),
-                io.Int.Input(
-                    "height", default=1024, min=64, max=16384, step=8,
-                    tooltip="Height of the drawing in pixels, that of the picture to make.",
-                ),
+                *size_inputs(),
                 io.Float.Input(
                     "size", default=0.4, min=0.02, max=2.0, step=0.01,
                     tooltip="Height of the face in parts of the picture's, 0.02 to 2: 0.4 is a portrait.",

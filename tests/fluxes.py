@@ -15,7 +15,7 @@ from comfyui_likeness.likeness import detect, keymaps, omni_adapter
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
 from comfyui_likeness.nodes.attention import decoupled as nodes
 from comfyui_likeness.nodes.attention.injection import ALWAYS, Bank, Call, Place, Term
-from comfyui_likeness.nodes.loaders import omni_adapter as loader
+from comfyui_likeness.nodes.loaders import own as loader
 from comfyui_likeness.nodes.types import LoadedAdapter
 from identities import identity
 from models import FLUX

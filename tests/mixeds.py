@@ -11,7 +11,7 @@ from comfyui_likeness.likeness import infinite_id
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
 from comfyui_likeness.nodes.attention.mixed import ApplyMixed
 from comfyui_likeness.nodes.attention.unet import sites
-from comfyui_likeness.nodes.loaders import mixed as loader
+from comfyui_likeness.nodes.loaders import own as loader
 from comfyui_likeness.nodes.types import LoadedAdapter
 from identities import identity
 from models import patcher

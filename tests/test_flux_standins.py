@@ -113,7 +113,7 @@ def test_omni_id_on_sd15(models: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_refused(change: Any, words: str) -> None:
-    from comfyui_likeness.nodes.loaders import omni_adapter as own
+    from comfyui_likeness.nodes.loaders import own
     from fluxes import tensors, told
 
     weights, metadata = tensors(), told()

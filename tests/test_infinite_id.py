@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import infinite_id as math
 from comfyui_likeness.likeness.blocks import Block
 from comfyui_likeness.nodes.attention import patch
-from comfyui_likeness.nodes.loaders import mixed as loader
+from comfyui_likeness.nodes.loaders import own as loader
 from mixeds import TOKENS, adapter, mixed, person, tensors, told
 from models import close, patcher, prompt, sample
 from torch import Tensor

@@ -5,13 +5,12 @@ from __future__ import annotations
 import comfy.ops
 from comfy_api.latest import io
 
-from ...likeness import detect, infinite_id, keymaps, omni_id
+from ...likeness import detect, keymaps, omni_id
 from ...likeness import fused as fused_math
-from ...likeness import omni_adapter as omni_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
-from . import care, files, fused, mixed, omni_adapter
+from . import care, files, fused, own
 
 FOLDERS = ("ipadapter", "instantid", "pulid", "likeness")
 VARIANTS = ("auto", *detect.NEEDS)
@@ -42,7 +41,7 @@ CROPS = {
 
 
 # Files of the pack's own say in their metadata what they are: what loads each kind.
-OWN = {fused_math.KIND: fused.load, infinite_id.KIND: mixed.load, omni_math.KIND: omni_adapter.load}
+OWN = {fused_math.KIND: fused.load, **dict.fromkeys(own.KINDS, own.load)}
 
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
