@@ -82,7 +82,7 @@ def encode(clip: Any, text: prompts.Parts, said: Mapping[int, Vectors], mix: Seq
             "it to off"
         )
     own.clip_layer(None)
-    with mixed_layers(own, list(tokens), mix):
+    with mixed_layers(own, next(iter(tokens)), mix):
         return own.encode_from_tokens_scheduled(tokens)
 
 
@@ -148,23 +148,20 @@ def _written(segments: Sequence[tuple[str, float]]) -> str:
 
 
 @contextmanager
-def mixed_layers(clip: Any, towers: Sequence[str], mix: Sequence[float]) -> Iterator[None]:
-    """While it lasts, the text encoders give a mix of their last layers' states, ahead of the final norm."""
-    hooks = []
-    for tower in towers:
-        layers = getattr(clip.cond_stage_model, f"clip_{tower}").transformer.text_model.encoder.layers[-len(mix) :]
-        seen: list[Tensor] = []
+def mixed_layers(clip: Any, tower: str, mix: Sequence[float]) -> Iterator[None]:
+    """While it lasts, a text encoder gives a mix of its last layers' states, ahead of the final norm."""
+    *layers, last = getattr(clip.cond_stage_model, f"clip_{tower}").transformer.text_model.encoder.layers[-len(mix) :]
+    seen: list[Tensor] = []
 
-        def keep(_module: Any, _given: Any, out: Tensor, seen: list[Tensor] = seen) -> None:
-            seen.append(out.clone())  # the next layer adds to it in place
+    def keep(_module: Any, _given: Any, out: Tensor) -> None:
+        seen.append(out.clone())  # the next layer adds to it in place
 
-        def blend(_module: Any, _given: Any, out: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            streams = [*seen, out]
-            seen.clear()
-            return sum((share / sum(mix) * one for share, one in zip(mix, streams, strict=True)), torch.zeros_like(out))
+    def blend(_module: Any, _given: Any, out: Tensor) -> Tensor:
+        streams = [*seen, out]
+        seen.clear()
+        return sum((share / sum(mix) * one for share, one in zip(mix, streams, strict=True)), torch.zeros_like(out))
 
-        hooks += [layer.register_forward_hook(keep) for layer in layers[:-1]]
-        hooks.append(layers[-1].register_forward_hook(blend))
+    hooks = [*(layer.register_forward_hook(keep) for layer in layers), last.register_forward_hook(blend)]
     try:
         yield
     finally:
