@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 MARK = "@"
 
@@ -44,7 +44,6 @@ def parts(text: str, words: Sequence[str]) -> Parts:
     return [*out, text[end:]]
 
 
-def joined(found: Parts, said: Mapping[int, str] | Callable[[int], str]) -> str:
-    """The text with something said at each place."""
-    say = said if callable(said) else said.__getitem__
+def joined(found: Parts, say: Callable[[int], str]) -> str:
+    """The text with what is said of each person at each place."""
     return "".join(item if isinstance(item, str) else say(item) for item in found)
