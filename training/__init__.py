@@ -1,0 +1,1 @@
+"""Trains what the pack uses: `python -m training WHAT --config FILE`. Plain torch and accelerate on the host's modules."""

@@ -1,0 +1,23 @@
+"""`python -m training WHAT --config FILE`: trains, in the host's Python; see run.py for its arguments.
+
+With several devices or machines start the worker itself: `torchrun --nproc-per-node 8 -m training.run WHAT ...`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tools import host
+
+NEEDS = (*host.RUNTIME_MODULES, "accelerate", "tensorboard", "onnx")
+
+
+def work(arguments: list[str]) -> int:
+    found = host.bring(needs=NEEDS)
+    words = [found.python, "-m", "training.run", *arguments]
+    return subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(host.main(work))

@@ -1,0 +1,175 @@
+"""Recognisers of faces: 112 x 112 pixels to 512 numbers, trained with ArcFace's margin (Deng et al. 1801.07698).
+
+Two networks of different build: one is what identities are made with, the other, the judge, only measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy, linear, normalize, one_hot
+
+from ...likeness import own_file
+from ..task import Batch, Task
+from .source import PICTURES, Source, some
+from .vae import sheet
+
+SIDE, VECTOR = 112, 512
+INPUT, OUTPUT = "input.1", "683"  # as in insightface's packs
+TRIED = 32  # people of the check, each with two faces
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions before which features are normed, beside the way past them (He et al. 1603.05027)."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(ins), nn.Conv2d(ins, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs),
+            nn.PReLU(outs), nn.Conv2d(outs, outs, 3, 2, 1, bias=False), nn.BatchNorm2d(outs),
+        )  # fmt: skip
+        self.past = nn.Sequential(nn.Conv2d(ins, outs, 1, 2, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.past(x)
+
+
+class Separable(nn.Module):
+    """A depthwise convolution in a wider space, and past it where the shape stays (Sandler et al. 1801.04381)."""
+
+    def __init__(self, ins: int, outs: int, stride: int = 2) -> None:
+        super().__init__()
+        wide = 2 * ins
+        self.body = nn.Sequential(
+            nn.Conv2d(ins, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.SiLU(),
+            nn.Conv2d(wide, wide, 5, stride, 2, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.SiLU(),
+            nn.Conv2d(wide, outs, 1, bias=False), nn.BatchNorm2d(outs),
+        )  # fmt: skip
+        self.same = stride == 1 and ins == outs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + x if self.same else self.body(x)
+
+
+def residual(width: int, depth: int) -> list[nn.Module]:
+    """Levels of residual blocks, each of half the side and up to eight times as wide."""
+    widths = [width * min(2**i, 8) for i in range(depth + 1)]
+    return [
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width),
+        *(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)),
+    ]  # fmt: skip
+
+
+def separable(width: int, depth: int) -> list[nn.Module]:
+    """Levels of separable blocks, two each, behind a stem that reads every other pixel."""
+    widths = [width * min(2**i, 8) for i in range(depth + 1)]
+    levels = [(Separable(a, b), Separable(b, b, 1)) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    stem = [nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+    return [*stem, *(block for level in levels for block in level)]
+
+
+NETWORKS: Mapping[str, Callable[[int, int], list[nn.Module]]] = {"residual": residual, "separable": separable}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`people` in training, `faces` of each; cosines are scaled by `scale`, angles of the right person by `margin`."""
+
+    file: str = "recogniser"
+    network: str = "residual"
+    width: int = 24
+    depth: int = 4
+    people: int = 10000
+    faces: int = 16
+    scale: float = 32.0
+    margin: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"got network = {self.network!r} in [task]; expected {' or '.join(NETWORKS)}")
+
+
+class Recogniser(Task):
+    """Loss: the cross entropy of whose face it is, by cosines with one direction for each person."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__()
+        self.settings, self.source = settings, source
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = build(settings)
+            self.people = nn.Parameter(torch.randn(settings.people, VECTOR) / VECTOR**0.5)
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        people = some(chance, size, self.settings.people)
+        faces = [self.source.face(a, b) for a, b in zip(people, some(chance, size, self.settings.faces), strict=True)]
+        return {"faces": read(faces), "people": torch.tensor(people)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        cosines = linear(normalize(self.network(batch["faces"])), normalize(self.people))
+        return {"arcface": margin_loss(cosines, batch["people"], self.settings.scale, self.settings.margin)}
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Two faces of people outside the training, their mean cosines, and how often the likest face is the other."""
+        people = [self.settings.people + number for number in some(chance, TRIED, self.settings.people)]
+        pairs = [some(chance, TRIED, PICTURES) for _ in range(2)]
+        first, second = (
+            read([self.source.face(a, b) for a, b in zip(people, numbers, strict=True)]).to(self.people.device)
+            for numbers in pairs
+        )
+        cosines = normalize(self.network(first)) @ normalize(self.network(second)).T
+        right = torch.eye(TRIED, dtype=torch.bool, device=cosines.device)
+        found = (cosines.argmax(1) == torch.arange(TRIED, device=cosines.device)).float().mean()
+        faces = sheet(first[:8] / 2 + 0.5, second[:8] / 2 + 0.5)
+        return {"faces": faces, "same": cosines[right].mean(), "other": cosines[~right].mean(), "found": found}
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        export(self.network, folder / f"{self.settings.file}.onnx", asdict(self.settings), notes)
+
+
+def build(settings: Settings) -> nn.Module:
+    """The network: [n, 3, 112, 112] from -1 to 1 to raw vectors [n, 512]."""
+    body = nn.Sequential(*NETWORKS[settings.network](settings.width, settings.depth))
+    with torch.no_grad():
+        _, channels, *sides = body.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape
+    # A kernel as large as the map weighs every place of every channel by itself, and is small.
+    pool = nn.Conv2d(channels, channels, tuple(sides), groups=channels, bias=False)
+    head = (nn.Flatten(), nn.Linear(channels, VECTOR, bias=False), nn.BatchNorm1d(VECTOR))
+    return nn.Sequential(body, pool, *head).train()
+
+
+def read(faces: list[Tensor]) -> Tensor:
+    """Faces as the network reads them, by insightface's numbers: uint8 [112, 112, 3] each to [n, 3, 112, 112]."""
+    return (torch.stack(faces).movedim(-1, 1).float() - 127.5) / 127.5
+
+
+def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) -> Tensor:
+    """Eq. 3: the angle to the right person [n, people] counts as larger by `margin` (radians)."""
+    angles = cosines.float().clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    added = angles + margin * one_hot(people, cosines.shape[1])
+    # Beyond pi a larger angle would be a nearer one.
+    return cross_entropy(scale * added.clamp(max=math.pi).cos(), people)
+
+
+def export(network: nn.Module, path: Path, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write a network as insightface's recogniser loader reads it."""
+    import onnx
+
+    device = next(network.parameters()).device
+    run: Callable[..., Any] = partial(torch.onnx.export, dynamo=False, opset_version=13)
+    run(
+        network, (torch.zeros(1, 3, SIDE, SIDE, device=device),), str(path), input_names=[INPUT],
+        output_names=[OUTPUT], dynamic_axes={INPUT: {0: "n"}, OUTPUT: {0: "n"}},
+    )  # fmt: skip
+    model = onnx.load(str(path))
+    told = own_file.metadata("recogniser", "faces", notes, settings=dict(settings))
+    onnx.helper.set_model_props(model, told)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
