@@ -85,7 +85,10 @@ class Canvas:
 
     def line(self, points: Points, colour: Colour, width: float) -> None:
         """An open line of a thing, which media with outlines draw in ink."""
-        self.stroke(points, self.medium.ink if self.medium.outline else self._put(colour), width)
+        if self.medium.outline:
+            self.stroke(points, self.medium.ink, min(width, self.medium.outline))
+        else:
+            self.stroke(points, self._put(colour), width)
 
     def _put(self, colour: Colour) -> Colour:
         return mix(self.medium.paper, colour, self.medium.keep)

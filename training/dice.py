@@ -1,4 +1,4 @@
-"""Chance that falls alike on every machine: drawn from `random.Random.random`, whose sequence Python promises to keep."""
+"""Chance that falls alike on every machine: all of it from `random.Random.random`, whose sequence Python keeps."""
 
 from __future__ import annotations
 

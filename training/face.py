@@ -27,7 +27,7 @@ FRAMES: dict[str, Colour] = {"black": (36, 34, 40), "red": (190, 44, 52), "gold"
 
 @dataclass(frozen=True)
 class Look:
-    """What an expression does, in head units: brows, lids (times), corners of the mouth, how far it opens, its width."""
+    """What an expression does, in head units: brows, lids (times), the mouth's corners, opening and width."""
 
     lift: float = 0.0
     frown: float = 0.0  # the inner ends of the brows go down
@@ -38,7 +38,7 @@ class Look:
 
 
 LOOKS: dict[str, Look] = {
-    "neutral": Look(),
+    "neutral": Look(corner=0.018),
     "smiling": Look(lift=0.01, lid=0.86, corner=0.085, wide=1.18),
     "laughing": Look(lift=0.04, lid=0.58, corner=0.09, open=0.19, wide=1.24),
     "sad": Look(lift=0.01, frown=-0.075, lid=0.80, corner=-0.075, wide=0.92),
@@ -98,7 +98,7 @@ def measures(head: Head) -> Measures:
     mouth = head.chin * 0.60 + 0.03 * who.nose_length
     return Measures(
         gap=(0.315 + 0.042 * who.eye_gap) * scale,
-        eye=(1.08 + 0.22 * who.eye_size) * scale**0.5,
+        eye=(1.24 + 0.20 * who.eye_size) * scale**0.5,
         nose=0.335 * head.chin + 0.065 * who.nose_length,
         wing=(0.115 + 0.045 * who.nose_width) * scale,
         mouth=mouth,
@@ -130,10 +130,14 @@ def ears(canvas: Canvas, head: Head, label: int) -> None:
     skin = SKINS[head.person.skin]
     wide, high, tip = EARS[head.person.ears]
     for side in SIDES:
-        shape = smooth([(0.0, -high), (wide * 0.8, -high - tip), (wide, -high * 0.3), (wide * 0.6, high * 0.6), (0, high)])
+        shape = smooth(
+            [(0.0, -high), (wide * 0.8, -high - tip), (wide, -high * 0.3), (wide * 0.6, high * 0.6), (0, high)]
+        )
         at = shape * (side, 1) + (side * head.half * 0.97, 0.10)
         canvas.shape(head.rim(at, -0.26), mix(skin, BLACK, 0.04), label)
-        canvas.shade(head.rim(shape * (side * 0.55, 0.6) + (side * head.half, 0.10), -0.26), mix(skin, (150, 40, 30), 0.3), 0.7)
+        canvas.shade(
+            head.rim(shape * (side * 0.55, 0.6) + (side * head.half, 0.10), -0.26), mix(skin, (150, 40, 30), 0.3), 0.7
+        )
 
 
 def earrings(canvas: Canvas, head: Head, label: int) -> None:
@@ -143,7 +147,9 @@ def earrings(canvas: Canvas, head: Head, label: int) -> None:
         if head.person.earrings == "studs":
             canvas.shape(head.rim(ring(*lobe, 0.055, 0.055, 10), -0.24), (242, 206, 92), label, 0.6)
         else:
-            canvas.line(head.rim(ring(lobe[0], lobe[1] + 0.14, 0.11, 0.15), -0.24), (226, 178, 60), 7.5 * head.figure.size)
+            canvas.line(
+                head.rim(ring(lobe[0], lobe[1] + 0.14, 0.11, 0.15), -0.24), (226, 178, 60), 7.5 * head.figure.size
+            )
 
 
 def _skin(canvas: Canvas, head: Head, m: Measures, skin: Colour) -> None:
@@ -156,22 +162,34 @@ def _skin(canvas: Canvas, head: Head, m: Measures, skin: Colour) -> None:
                 canvas.shade(head.place(ring(side * 0.42, 0.33, 0.19 * size, 0.14 * size)), warm, opacity)
         if who.cheeks == "hollow":
             hollow = [(0.62, 0.22), (0.44, 0.40), (0.36, 0.62), (0.52, 0.52)]
-            canvas.shade(head.place(smooth(np.array(hollow) * (side * head.half / 0.76, 1))), dark, 0.40)
+            canvas.shade(head.place(smooth(np.array(hollow) * (side * head.half / 0.76, 1))), dark, 0.26)
         for x, y in FRECKLES if who.freckles == "some" else ():
             canvas.shade(head.place(ring(side * x, y, 0.021, 0.021, 8)), mix(skin, (130, 54, 20), 0.75), 0.95)
     for points in _lines(m) if who.age != "smooth" else ():
         deep = 1.0 if who.age == "old" else 0.62
-        canvas.stroke(head.place(smooth(points, closed=False)), mix(skin, (70, 26, 20), 0.55 * deep), 4.4 * deep * head.figure.size)
+        canvas.stroke(
+            head.place(smooth(points, closed=False)),
+            mix(skin, (110, 40, 30), 0.46 * deep),
+            4.6 * deep * head.figure.size,
+        )
     if who.age == "old":
         for y in (-0.50, -0.42):
-            canvas.stroke(head.place(smooth([(-0.3, y), (0, y - 0.03), (0.3, y)], closed=False)), dark, 4 * head.figure.size)
+            canvas.stroke(
+                head.place(smooth([(-0.3, y), (0, y - 0.03), (0.3, y)], closed=False)), dark, 4 * head.figure.size
+            )
 
 
 def _lines(m: Measures) -> list[list[tuple[float, float]]]:
     """Folds beside the mouth and below the eyes."""
     out = []
     for side in SIDES:
-        out.append([(side * (m.wing + 0.05), m.nose), (side * (m.wing + 0.15), m.nose + 0.12), (side * (m.half + 0.07), m.mouth)])
+        out.append(
+            [
+                (side * (m.wing + 0.05), m.nose),
+                (side * (m.wing + 0.15), m.nose + 0.12),
+                (side * (m.half + 0.07), m.mouth),
+            ]
+        )
         out.append([(side * (m.gap - 0.13), 0.15), (side * m.gap, 0.195), (side * (m.gap + 0.14), 0.14)])
     return out
 
@@ -186,10 +204,14 @@ def _eye(canvas: Canvas, head: Head, m: Measures, side: int) -> None:
     upper = np.stack((m.gap + half * t, tilt * t - up * bow), axis=1) * (side, 1)
     lower = np.stack((m.gap + half * t, tilt * t + down * bow), axis=1) * (side, 1)
     open_ = np.concatenate((upper, lower[::-1]))
-    canvas.shade(head.place(open_ * (1, 1.0) + (0, -0.018)), mix(SKINS[who.skin], (60, 16, 20), 0.45), 0.55)
+    canvas.shade(head.place(open_ * (1, 1.0) + (0, -0.018)), mix(SKINS[who.skin], (90, 24, 20), 0.35), 0.45)
     canvas.shape(head.place(open_), (252, 250, 246), line=0.4)
     middle, size = side * m.gap + 0.035 * head.figure.gaze, 0.092 * m.eye
-    for scale, hue in ((1.0, mix(IRISES[who.eye_colour], BLACK, 0.35)), (0.82, IRISES[who.eye_colour]), (0.42, (14, 12, 16))):
+    for scale, hue in (
+        (1.0, mix(IRISES[who.eye_colour], BLACK, 0.35)),
+        (0.82, IRISES[who.eye_colour]),
+        (0.42, (14, 12, 16)),
+    ):
         disc = ring(middle, -0.008, size * scale, size * scale)
         across = np.clip((disc[:, 0] * side - m.gap) / half, -1, 1)
         bend = np.sqrt(1 - across**2 * 0.999)
@@ -204,11 +226,13 @@ def _eye(canvas: Canvas, head: Head, m: Measures, side: int) -> None:
 def _brow(canvas: Canvas, head: Head, m: Measures, side: int) -> None:
     inner, middle, outer = BROWS[head.person.brows]
     reach, thick = 0.20 * m.eye**0.5, 0.038 + 0.022 * head.person.brow_weight
-    lift = 0.04 - m.look.lift - 0.04 * (m.eye - 1)
+    lift = 0.01 - m.look.lift - 0.04 * (m.eye - 1)
     spine = [
         (m.gap - reach, inner + m.look.frown), (m.gap + 0.02, middle), (m.gap + reach, outer - 0.3 * m.look.frown),
     ]  # fmt: skip
-    top = smooth([(x, y + lift - thick * (0.5 + 0.5 * (number == 1))) for number, (x, y) in enumerate(spine)], closed=False)
+    top = smooth(
+        [(x, y + lift - thick * (0.5 + 0.5 * (number == 1))) for number, (x, y) in enumerate(spine)], closed=False
+    )
     low = smooth([(x, y + lift + thick * (1.0, 0.8, 0.0)[number]) for number, (x, y) in enumerate(spine)], closed=False)
     hue = mix(hair_colour(head), BLACK, 0.28)
     canvas.shape(head.place(np.concatenate((top, low[::-1])) * (side, 1), 0.03), hue, line=0.3)
@@ -218,7 +242,14 @@ def _nose(canvas: Canvas, head: Head, m: Measures, skin: Colour) -> None:
     who, dark = head.person, mix(skin, (90, 24, 20), 0.46)
     tip = m.nose + 0.03 * who.nose_tip
     side = 1 if head.figure.yaw >= 0 else -1
-    bridge = [(0.05, -0.02), (0.045, 0.14), (m.wing * 0.8, tip - 0.06), (m.wing, tip + 0.02), (0.0, tip + 0.01), (0.01, 0.14)]
+    bridge = [
+        (0.05, -0.02),
+        (0.045, 0.14),
+        (m.wing * 0.8, tip - 0.06),
+        (m.wing, tip + 0.02),
+        (0.0, tip + 0.01),
+        (0.01, 0.14),
+    ]
     rise = np.interp(np.array(smooth(bridge))[:, 1], (0.0, tip), (0.02, 0.16))
     canvas.shade(head.place(smooth(bridge) * (-side, 1), rise), dark, 0.42)
     base = [(-m.wing, tip - 0.03), (-m.wing * 0.86, tip + 0.045), (-m.wing * 0.35, tip + 0.035)]
@@ -238,8 +269,8 @@ def mouth(canvas: Canvas, head: Head) -> None:
     top, bottom = m.mouth + 0.35 * look.corner - 0.25 * look.open, m.mouth + 0.35 * look.corner + 0.75 * look.open
     upper = smooth([left, (-half * 0.45, top - full * 0.75), (-half * 0.16, top - full), (0, top - full * 0.7),
                     (half * 0.16, top - full), (half * 0.45, top - full * 0.75), right], closed=False)  # fmt: skip
-    under = smooth([right, (half * 0.5, bottom + full * 0.9), (0, bottom + full * 1.3), (-half * 0.5, bottom + full * 0.9),
-                    left], closed=False)  # fmt: skip
+    under = smooth([right, (half * 0.5, bottom + full * 0.9), (0, bottom + full * 1.3),
+                    (-half * 0.5, bottom + full * 0.9), left], closed=False)  # fmt: skip
     canvas.shape(head.place(np.concatenate((upper, under)), 0.03), lip, line=0.5)
     seam_top = smooth([left, (-half * 0.4, top), (0, top + 0.01), (half * 0.4, top), right], closed=False)
     if not look.open:
@@ -247,6 +278,8 @@ def mouth(canvas: Canvas, head: Head) -> None:
         return
     seam_low = smooth([right, (half * 0.5, bottom), (0, bottom + 0.01), (-half * 0.5, bottom), left], closed=False)
     canvas.shape(head.place(np.concatenate((seam_top, seam_low)) * (0.94, 1), 0.03), (92, 26, 34), line=0.3)
+    if look.wide < 1:
+        return
     teeth = np.concatenate((seam_top * (0.86, 1), (seam_top * (0.80, 1) + (0, 0.35 * look.open))[::-1]))
     canvas.shape(head.place(teeth, 0.03), (250, 246, 240), line=0)
 
@@ -271,5 +304,9 @@ def glasses(canvas: Canvas, head: Head) -> None:
         rim = head.place(lens * (side, 1) + (side * m.gap, 0.02), 0.10)
         canvas.shade(rim, (210, 232, 248), 0.16)
         canvas.stroke(np.concatenate((rim, rim[:2])), hue, width)
-        canvas.stroke(head.place([(side * (m.gap + 0.23), -0.04), (side * head.half * 0.99, -0.02)], 0.06), hue, width * 0.8)
-    canvas.stroke(head.place(smooth([(-m.gap + 0.23, 0.0), (0, -0.05), (m.gap - 0.23, 0.0)], closed=False), 0.12), hue, width)
+        canvas.stroke(
+            head.place([(side * (m.gap + 0.23), -0.04), (side * head.half * 0.99, -0.02)], 0.06), hue, width * 0.8
+        )
+    canvas.stroke(
+        head.place(smooth([(-m.gap + 0.23, 0.0), (0, -0.05), (m.gap - 0.23, 0.0)], closed=False), 0.12), hue, width
+    )

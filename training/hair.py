@@ -16,6 +16,10 @@ COLOURS: dict[str, Colour] = {
 }  # fmt: skip
 
 
+TOP = -0.95  # of what hangs behind
+Edge = tuple[tuple[float, float], ...]
+
+
 @dataclass(frozen=True)
 class Cut:
     """How hair stands off the skull, in head units: above, at the sides, how far down; what hangs behind."""
@@ -85,12 +89,9 @@ def behind(canvas: Canvas, head: Head, label: int) -> None:
         return
     half, end = head.half + cut.side, cut.length
     low = head.half * cut.width
-    right = [(0.55 * half, TOP_ALL), (half, -0.45), (half * 1.04, 0.1), (low, 0.6 * end), (low * 0.96, end)]
-    points = [(0.0, TOP_ALL - 0.1), *right, (0.0, end + 0.04), *((-x, y) for x, y in reversed(right))]
+    right = [(0.55 * half, TOP), (half, -0.45), (half * 1.04, 0.1), (low, 0.6 * end), (low * 0.96, end)]
+    points = [(0.0, TOP - 0.1), *right, (0.0, end + 0.04), *((-x, y) for x, y in reversed(right))]
     canvas.shape(head.rim(_wavy(smooth(points), cut), -0.30), hue, label)
-
-
-TOP_ALL = -0.95
 
 
 def before(canvas: Canvas, head: Head, label: int) -> None:
@@ -107,6 +108,18 @@ def before(canvas: Canvas, head: Head, label: int) -> None:
         crest = head.rim(smooth(list(CREST)))
         canvas.shape(crest, hue, label)
         return
+    canvas.shade(
+        np.concatenate(
+            (
+                edge,
+                head.place(
+                    smooth([(x * head.half * 0.97, y + 0.09) for x, y in FRINGES[head.person.fringe]], closed=False)
+                )[::-1],
+            )
+        ),
+        BLACK,
+        0.16,
+    )
     canvas.shape(points, hue, label)
     _strands(canvas, head, over, hue)
 
@@ -130,35 +143,45 @@ def _over(head: Head, cut: Cut) -> Points:
 def _strands(canvas: Canvas, head: Head, over: Points, hue: Colour) -> None:
     """A shine and a few strands that follow the hair's edge."""
     light = mix(hue, WHITE, 0.22)
-    for share, width, tint in ((0.80, 1.6, light), (0.88, 0.8, mix(hue, BLACK, 0.25)), (0.72, 0.8, mix(hue, BLACK, 0.2))):
+    for share, width, tint in (
+        (0.80, 1.6, light),
+        (0.88, 0.8, mix(hue, BLACK, 0.25)),
+        (0.72, 0.8, mix(hue, BLACK, 0.2)),
+    ):
         middle = over[len(over) // 5 : -len(over) // 5] * (share + 0.06)
         canvas.line(head.rim(middle), tint, width * head.unit / canvas.fine * 4)
 
 
-# beard -> outer and inner edge on the viewer's right, from the top down; x in half widths of the jaw, y from the mouth
-# (0) to the chin (1)
-CHIN = ((1.02, -0.75), (0.98, 0.0), (0.80, 0.62), (0.42, 1.12), (0.0, 1.30))
-BEARDS: dict[str, tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float], ...], float]] = {
-    "stubble": (CHIN, ((0.0, -0.36), (0.40, -0.30), (0.72, -0.50), (0.98, -0.90)), 0.38),
-    "full": (CHIN, ((0.0, -0.40), (0.38, -0.34), (0.70, -0.36), (0.96, -0.95)), 1.0),
-    "chin curtain": (CHIN, ((0.0, 0.62), (0.40, 0.50), (0.70, 0.0), (0.94, -0.75)), 1.0),
-    "goatee": (((0.40, -0.36), (0.42, 0.3), (0.34, 0.95), (0.0, 1.28)), ((0.0, -0.42), (0.2, -0.42)), 1.0),
-    "moustache": (((0.52, 0.10), (0.50, 0.20), (0.24, -0.10), (0.0, -0.12)), ((0.0, -0.42), (0.3, -0.36)), 1.0),
-}
+# beard -> outer and inner edge on the viewer's right, from the middle outwards, and how dense; x in half widths of the
+# face, y from the mouth (0) to the chin (1)
+CHIN = ((0.0, 1.24), (0.40, 1.14), (0.76, 0.62), (0.95, 0.0), (1.0, -0.75))
+BEARDS: dict[str, tuple[Edge, Edge, float]] = {
+    "stubble": (CHIN, ((0.0, -0.34), (0.36, -0.32), (0.66, -0.46), (0.98, -0.80)), 0.34),
+    "full": (CHIN, ((0.0, -0.36), (0.34, -0.32), (0.62, -0.20), (0.86, -0.80)), 1.0),
+    "chin curtain": (CHIN, ((0.0, 0.66), (0.36, 0.56), (0.72, 0.0), (0.88, -0.75)), 1.0),
+    "goatee": (
+        ((0.0, 1.26), (0.22, 1.12), (0.36, 0.60), (0.42, 0.10), (0.40, -0.20)),
+        ((0.0, -0.36), (0.22, -0.34), (0.40, -0.20)),
+        1.0,
+    ),
+    "moustache": (
+        ((0.0, -0.08), (0.22, -0.08), (0.44, 0.06), (0.60, 0.0)),
+        ((0.0, -0.36), (0.18, -0.36), (0.40, -0.20), (0.60, 0.0)),
+        1.0,
+    ),
+}  # fmt: skip
 
 
 def beard(canvas: Canvas, head: Head, mouth: float) -> None:
-    """The beard, whose mouth is drawn over it. `mouth`: its height in head units."""
+    """The beard, which the mouth lies on. `mouth`: its height in head units."""
     if head.person.beard == "none":
         return
     outer, inner, opacity = BEARDS[head.person.beard]
-    half = head.half * (0.93 + 0.08 * head.person.jaw)
-    right = [(x * half, mouth + y * (head.chin - mouth)) for x, y in (*inner, *reversed(outer[:-1]))] 
-    low = [(x * half, mouth + y * (head.chin - mouth)) for x, y in outer[-1:]]
-    loop = [*right, *low]
-    points = smooth([*loop, *((-x, y) for x, y in reversed(loop) if x)])
-    hue = mix(colour(head), BLACK, 0.1)
+    half = head.half * (0.94 + 0.08 * head.person.jaw)
+    low, high = (np.array(edge) * (half, head.chin - mouth) + (0, mouth) for edge in (outer, inner))
+    low, high = (smooth(np.concatenate((edge[:0:-1] * (-1, 1), edge)), closed=False) for edge in (low, high))
+    points, hue = np.concatenate((low, high[::-1])), mix(colour(head), BLACK, 0.1)
     if opacity < 1:
-        canvas.shade(head.place(points, 0.0), hue, opacity)
+        canvas.shade(head.place(points), hue, opacity)
     else:
-        canvas.shape(head.place(points, 0.02), hue)
+        canvas.shape(head.place(points, 0.02), hue, line=0.6)

@@ -80,7 +80,7 @@ def watercolour(picture: Picture, sheet: Sheet) -> Picture:
     moved = lit[np.clip(rows + dy, 0, side - 1), np.clip(columns + dx, 0, side - 1)]
     near, far = moved * 0.6 + _blur(moved, 0.8) * 0.4, _blur(moved, 2.6)
     gathered = near + 0.55 * np.minimum(near - far, 0)
-    pigment = 1 - (1 - gathered) * (0.84 + 0.20 * sheet.noise(7, 2) + 0.10 * sheet.noise(24, 3))
+    pigment = 1 - (1 - gathered) * (0.90 + 0.11 * sheet.noise(7, 2) + 0.08 * sheet.noise(24, 3))
     return pigment * (1 + 0.025 * sheet.noise(side // 2, 4))
 
 
@@ -88,28 +88,29 @@ BRONZE = np.array(((0.07, 0.05, 0.05), (0.33, 0.19, 0.09), (0.68, 0.43, 0.19), (
 
 
 def bronze(picture: Picture, sheet: Sheet) -> Picture:
-    """Cast metal: what is lighter stands out, light rakes over the relief, and the dark has gone green."""
-    tone = _blur(picture, 0.5) @ GREY
-    step = np.gradient(tone)
-    rake = -(step[1] * (-0.4 - sheet.scene.side) + step[0] * -0.8)
-    value = 0.12 + 0.50 * tone + 1.1 * np.clip(rake, -0.25, 0.25)
-    value = value * (0.25 + 0.75 * sheet.light()[..., 0] ** 1.6)
-    people = sheet.owners > 0
+    """Cast metal: what is lighter stands out, light rakes over the relief, the ground lies back and has gone green."""
+    tone = _blur(picture, 0.4) @ GREY
+    down, right = np.gradient(tone)
+    rake = np.clip(0.8 * down + (0.5 + sheet.scene.side) * right, -0.2, 0.2)
+    front = _blur(np.repeat((sheet.owners > 0).astype(np.float32)[..., None], 3, axis=2), 0.7)[..., 0]
+    lit = sheet.light()[..., 0]
+    value = (0.10 + 0.62 * tone) * lit**2 * (0.52 + 0.48 * front) + rake * (0.6 + 0.7 * front)
     at = np.clip(value, 0, 1) * (len(BRONZE) - 1)
-    marks = np.arange(len(BRONZE))
-    cast = np.stack([np.interp(at, marks, BRONZE[:, c]) for c in range(3)], axis=-1).astype(np.float32)
-    old = np.clip(0.50 - value, 0, 0.5)[..., None] * (0.9 + 0.5 * sheet.noise(9, 0)) * np.where(people, 0.5, 1.1)[..., None]
-    return cast + (np.array((0.24, 0.46, 0.40), dtype=np.float32) - cast) * np.clip(old, 0, 1)
+    cast = np.stack([np.interp(at, np.arange(len(BRONZE)), BRONZE[:, c]) for c in range(3)], axis=-1)
+    green = np.array((0.20, 0.42, 0.37)) * (0.55 + value[..., None])
+    share = np.clip(0.62 - front + 0.35 * sheet.noise(9, 0)[..., 0] * (1 - value), 0, 0.75)[..., None]
+    return (cast + (green - cast) * share).astype(np.float32)
 
 
 def pencil(picture: Picture, sheet: Sheet) -> Picture:
-    """Graphite: grey tones as slanting strokes on grained paper."""
+    """Graphite: grey tones as slanting strokes on grained paper, lighter behind people."""
     side = sheet.side
     tone = (picture * (0.45 + 0.55 * sheet.light())) @ GREY
     rows, columns = np.mgrid[:side, :side]
-    hatch = np.sin((rows + columns + 1.5 * sheet.noise(10, 0)[..., 0]) * (2 * np.pi / 5.0 * 128 / side))
-    dark = np.clip(1 - tone, 0, 1)
-    drawn = 0.97 - dark * (0.80 + 0.30 * hatch * (1 - dark)) + 0.05 * sheet.noise(side, 1)[..., 0] * (0.3 + dark)
+    hatch = np.sin((rows + 0.7 * columns + 2.5 * sheet.noise(14, 0)[..., 0]) * (2 * np.pi / 3.7 * 128 / side))
+    dark = np.clip(1 - tone, 0, 1) ** 1.2 * np.where(sheet.owners > 0, 0.92, 0.55)
+    grain = sheet.noise(side, 1)[..., 0]
+    drawn = 0.98 - dark * (0.95 + 0.17 * hatch * (1 - dark) + 0.16 * grain)
     return drawn[..., None] * np.array((1.0, 0.99, 0.965), dtype=np.float32)
 
 
@@ -124,7 +125,7 @@ class Style:
 
 STYLES: Mapping[str, Style] = {
     "photo": Style(Medium(), 1.3, photo),
-    "line art": Style(Medium(paper=(253, 251, 246), keep=0.42, outline=0.85), 0, line_art),
+    "line art": Style(Medium(paper=(253, 251, 246), keep=0.55, outline=0.8), 0, line_art),
     "watercolour": Style(Medium(paper=(252, 249, 240), keep=0.86), 0, watercolour),
     "bronze": Style(Medium(), 0.8, bronze),
     "pencil": Style(Medium(paper=(250, 250, 250), keep=0.72, outline=0.55, ink=(54, 54, 60)), 0, pencil),

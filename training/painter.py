@@ -22,7 +22,7 @@ CLOTHES: dict[str, Colour] = {
     "white": (240, 238, 232), "black": (46, 46, 54), "purple": (126, 76, 156), "orange": (232, 132, 52),
 }  # fmt: skip
 FOREHEAD = -0.66  # where a detector's box begins, in head units
-SEAT = 1 << 32
+BODY = 255  # the label of all below the chin, of whomever
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _body(canvas: Canvas, head: Head, skin: Colour) -> None:
     right = [(0.30, chin + 0.22), (0.70, chin + 0.40), (1.30, chin + 0.62), (1.62, chin + 1.10), (1.78, chin + 2.2)]
     right += [(1.90, chin + 7)]
     points = smooth([*right, *((-x, y) for x, y in reversed(right))])
-    canvas.shape(head.body(points), cloth, 0)
+    canvas.shape(head.body(points), cloth, BODY)
     for edge in (-1, 1):
         sleeve = [(edge * 1.16, chin + 1.30), (edge * 1.22, chin + 2.2), (edge * 1.24, chin + 6)]
         canvas.line(head.body(smooth(sleeve, closed=False)), mix(cloth, BLACK, 0.30), 8 * head.figure.size)
@@ -106,8 +106,9 @@ def _neck(canvas: Canvas, head: Head, skin: Colour) -> None:
     top = head.rim([(-half, 0.45 * chin), (half, 0.45 * chin)], -0.35)
     low = head.body([(half + 0.02, chin + 0.30), (0.0, chin + 0.52), (-half - 0.02, chin + 0.30)])
     _collar(canvas, head, cloth, back=True)
-    canvas.shape(np.concatenate((top, low)), mix(skin, BLACK, 0.06), 0)
-    shadow = head.rim(smooth([(-half, chin * 0.8), (-half * 0.8, chin + 0.10), (0, chin + 0.19), (half * 0.8, chin + 0.10), (half, chin * 0.8)]))
+    canvas.shape(np.concatenate((top, low)), mix(skin, BLACK, 0.06), BODY)
+    deep = head.rim([(0.0, chin + 0.16)]).clip(top.min(0), low.max(0))
+    shadow = np.concatenate((top, 0.45 * top[1:] + 0.55 * low[:1], deep, 0.45 * top[:1] + 0.55 * low[2:]))
     canvas.shade(shadow, mix(skin, (70, 20, 20), 0.5), 0.45)
     _collar(canvas, head, cloth, back=False)
 
@@ -117,23 +118,47 @@ def _collar(canvas: Canvas, head: Head, cloth: Colour, back: bool) -> None:
     deep = mix(cloth, BLACK, 0.22)
     if back:
         if kind == "hoodie":
-            hood = [(-0.80, chin + 0.45), (-0.62, chin + 0.02), (0, chin - 0.1), (0.62, chin + 0.02), (0.80, chin + 0.45)]
-            canvas.shape(head.body(smooth(hood)), deep, 0)
+            hood = [
+                (-0.80, chin + 0.45),
+                (-0.62, chin + 0.02),
+                (0, chin - 0.1),
+                (0.62, chin + 0.02),
+                (0.80, chin + 0.45),
+            ]
+            canvas.shape(head.body(smooth(hood)), deep, BODY)
         return
     if kind == "jumper":
-        roll = [(-0.42, chin + 0.24), (0, chin + 0.36), (0.42, chin + 0.24), (0.46, chin + 0.50), (0, chin + 0.66), (-0.46, chin + 0.50)]
-        canvas.shape(head.body(smooth(roll)), mix(cloth, WHITE, 0.12), 0)
+        roll = [
+            (-0.42, chin + 0.24),
+            (0, chin + 0.36),
+            (0.42, chin + 0.24),
+            (0.46, chin + 0.50),
+            (0, chin + 0.66),
+            (-0.46, chin + 0.50),
+        ]
+        canvas.shape(head.body(smooth(roll)), mix(cloth, WHITE, 0.12), BODY)
     if kind == "shirt":
         for edge in (-1, 1):
-            flap = [(edge * 0.38, chin + 0.20), (edge * 0.56, chin + 0.42), (edge * 0.26, chin + 0.74), (edge * 0.02, chin + 0.50)]
-            canvas.shape(head.body(flap), mix(cloth, WHITE, 0.25), 0)
+            flap = [
+                (edge * 0.38, chin + 0.20),
+                (edge * 0.56, chin + 0.42),
+                (edge * 0.26, chin + 0.74),
+                (edge * 0.02, chin + 0.50),
+            ]
+            canvas.shape(head.body(flap), mix(cloth, WHITE, 0.25), BODY)
         canvas.line(head.body([(0, chin + 0.5), (0, chin + 6)]), deep, 7 * head.figure.size)
     if kind == "tee":
         band = smooth([(-0.42, chin + 0.27), (0, chin + 0.55), (0.42, chin + 0.27)], closed=False)
         canvas.stroke(head.body(band), deep, 12 * head.figure.size)
     if kind == "hoodie":
         for edge in (-1, 1):
-            front = [(edge * 0.40, chin + 0.16), (edge * 0.70, chin + 0.22), (edge * 0.78, chin + 0.52), (edge * 0.10, chin + 0.80), (edge * 0.06, chin + 0.60)]
-            canvas.shape(head.body(smooth(front)), mix(cloth, BLACK, 0.12), 0)
+            front = [
+                (edge * 0.40, chin + 0.16),
+                (edge * 0.70, chin + 0.22),
+                (edge * 0.78, chin + 0.52),
+                (edge * 0.10, chin + 0.80),
+                (edge * 0.06, chin + 0.60),
+            ]
+            canvas.shape(head.body(smooth(front)), mix(cloth, BLACK, 0.12), BODY)
             cord = [(edge * 0.16, chin + 0.72), (edge * 0.18, chin + 1.15)]
             canvas.line(head.body(cord), WHITE, 6 * head.figure.size)

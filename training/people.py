@@ -44,14 +44,14 @@ ATTRIBUTES: Mapping[str, Mapping[Level, float]] = {
     "mouth_width": _even(*EVEN),
     "lips": _even(*EVEN),
     "lip_colour": _even("natural", "rose", "berry", "brick"),
-    "beard": {"none": 6.0} | _even("stubble", "moustache", "goatee", "full", "chin curtain"),
+    "beard": {"none": 8.0} | _even("stubble", "moustache", "goatee", "full", "chin curtain"),
     "glasses": {"none": 5.0} | _even("round", "square", "cat eye"),
     "frames": _even("black", "red", "gold"),
     "earrings": {"none": 3.0} | _even("studs", "hoops"),
     "freckles": {"none": 2.0, "some": 1.0},
     "mark": {"none": 2.0} | _even("left mole", "right mole", "left scar", "right scar"),
-    "age": _even("smooth", "lined", "old"),
-    "cheeks": _even("pale", "rosy", "hollow"),
+    "age": {"smooth": 2.0, "lined": 1.0, "old": 1.0},
+    "cheeks": {"pale": 1.0, "rosy": 1.5, "hollow": 0.7},
 }  # fmt: skip
 
 # Which remainders of the sum of all levels belong to which split: a person's looks alone say whose split they are in,

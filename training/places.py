@@ -10,7 +10,8 @@ from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
 from .dice import Dice
 
 PLAINS: tuple[Colour, ...] = (
-    (222, 206, 188), (186, 204, 214), (206, 214, 190), (226, 190, 182), (196, 190, 214), (236, 222, 172), (160, 176, 180),
+    (222, 206, 188), (186, 204, 214), (206, 214, 190), (226, 190, 182), (196, 190, 214), (236, 222, 172),
+    (160, 176, 180),
 )  # fmt: skip
 SKY, DUSK = (158, 204, 232), (246, 196, 150)
 
@@ -24,7 +25,7 @@ class Backdrop:
     def shape(self, points: Points | list[tuple[float, float]], colour: Colour) -> None:
         self.canvas.shape(np.asarray(points, dtype=np.float64) * self.canvas.fine, colour, line=0.7)
 
-    def fill(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0, bands: int = 10) -> None:
+    def fill(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0, bands: int = 24) -> None:
         """From one colour to another, downwards."""
         for band in range(bands):
             y = start + (end - start) * band / bands
@@ -76,7 +77,14 @@ def _city(b: Backdrop) -> None:
                 for column in range(3):
                     left, y = x + wide * (0.14 + 0.28 * column), top + 0.04 + 0.085 * row
                     lit = (252, 228, 150) if b.dice.below(3) else (84, 94, 118)
-                    b.canvas.shape(np.array([(left, y), (left + wide * 0.17, y), (left + wide * 0.17, y + 0.045), (left, y + 0.045)]) * b.canvas.fine, lit, line=0)
+                    b.canvas.shape(
+                        np.array(
+                            [(left, y), (left + wide * 0.17, y), (left + wide * 0.17, y + 0.045), (left, y + 0.045)]
+                        )
+                        * b.canvas.fine,
+                        lit,
+                        line=0,
+                    )
             x += wide + b.dice.between(0.0, 0.03)
 
 
@@ -135,7 +143,9 @@ def _meadow(b: Backdrop) -> None:
     b.fill(SKY, mix(SKY, WHITE, 0.6), end=0.6)
     for _ in range(2):
         x, y = b.dice.between(0, 1), b.dice.between(0.08, 0.25)
-        b.shape(smooth([(x - 0.14, y), (x - 0.05, y - 0.06), (x + 0.05, y - 0.05), (x + 0.14, y), (x, y + 0.03)]), WHITE)
+        b.shape(
+            smooth([(x - 0.14, y), (x - 0.05, y - 0.06), (x + 0.05, y - 0.05), (x + 0.14, y), (x, y + 0.03)]), WHITE
+        )
     b.ridge(0.56, 0.04, (150, 192, 106), 4)
     b.ridge(0.70, 0.03, (112, 168, 84), 4)
     for _ in range(26):
@@ -162,12 +172,13 @@ def _night(b: Backdrop) -> None:
     b.fill((20, 26, 62), (66, 66, 116))
     for _ in range(30):
         size = b.dice.between(0.003, 0.009)
-        b.canvas.shape(ring(b.dice.between(0, 1), b.dice.between(0, 0.75), size, size, 8) * b.canvas.fine, (252, 246, 214), line=0)
+        b.canvas.shape(
+            ring(b.dice.between(0, 1), b.dice.between(0, 0.75), size, size, 8) * b.canvas.fine, (252, 246, 214), line=0
+        )
     x, y = b.dice.between(0.1, 0.9), b.dice.between(0.1, 0.22)
-    t = np.linspace(-2.0, 2.0, 16)
-    outer, inner = np.stack((np.sin(t), np.cos(t)), 1), np.stack((np.sin(t) * 0.92, np.cos(t) * 0.75 - 0.05), 1)
-    moon = np.concatenate((outer, (inner - (0, 0.45))[::-1]))
-    b.shape(moon * 0.085 + (x, y), (250, 240, 200))
+    b.disc(x, y, 0.085, (250, 240, 200))
+    for dx, dy, radius in ((-0.03, -0.02, 0.018), (0.03, 0.015, 0.022), (-0.01, 0.04, 0.012)):
+        b.disc(x + dx, y + dy, radius, (230, 216, 172))
     b.ridge(0.76, 0.05, (34, 38, 70))
     b.ridge(0.86, 0.04, (22, 24, 48))
 

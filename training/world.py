@@ -19,7 +19,7 @@ __all__ = ["WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption"
 
 
 def aligned(painted: Painted, index: int, side: int = 112) -> NDArray[np.uint8]:
-    """The face of person `index` as ArcFace's crop frames it: uint8 [side, side, 3], `side` a multiple of 112 or 128."""
+    """The face of person `index` in ArcFace's framing: uint8 [side, side, 3], `side` a multiple of 112 or 128."""
     # The painter itself needs no torch.
     import torch
 
