@@ -24,7 +24,7 @@ class Vocabulary(nn.Module):
         super().__init__()
         self.known = tuple(sorted(set(known)))
         self.weight = nn.Parameter(torch.randn(len(self.known) + 1, width) * 0.02)
-        self.register_buffer("rows", rows_of(torch.tensor(self.known)), persistent=False)
+        self.register_buffer("rows", rows_of(torch.tensor(self.known, device="cpu")), persistent=False)
 
     def forward(self, tokens: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """Tokens [...] to their embeddings [..., width]; called as the host calls its own."""
@@ -33,11 +33,15 @@ class Vocabulary(nn.Module):
 
 
 def rows_of(known: Tensor) -> Tensor:
-    """The row of each token, [TOKENS]: its place among the known ones [n], or n. Raises ValueError where none can be."""
-    if known.ndim != 1 or known.unique().numel() != known.numel() or known.min() < 0 or known.max() >= TOKENS:
-        raise ValueError(f"got known tokens {tuple(known.shape)}; expected different numbers from 0 to {TOKENS - 1}")
-    rows = torch.full((TOKENS,), len(known))
-    rows[known.long()] = torch.arange(len(known))
+    """The row of each token, [TOKENS]: its place among the known ones [n], or n.
+
+    Raises ValueError where these are not different tokens.
+    """
+    numbers = known.tolist()
+    if len(set(numbers)) != len(numbers) or not set(numbers) <= set(range(TOKENS)):
+        raise ValueError(f"got {len(numbers)} known tokens; expected different numbers from 0 to {TOKENS - 1}")
+    rows = torch.full((TOKENS,), len(numbers), device=known.device)
+    rows[known] = torch.arange(len(numbers), device=known.device)
     return rows
 
 

@@ -238,7 +238,7 @@ side = 64
         (("[task]\nside = 64", ""), "vae", "add task"),
         (("[task]", "[task"), "vae", "cannot be read"),
         (("side = 64", 'network = "deep"'), "recogniser", "'deep'.*residual or separable"),
-        (("side = 64", 'vae = "v"\ntext = "t"\nlevels = [1, 2]'), "unet", "2 levels and 3 depths"),
+        (("side = 64", 'vae = "v"\ntext = "t"\nlevels = [1, 2]'), "unet", "2 levels and 4 depths"),
         (("side = 64", 'vae = "v"\ntext = "t"\nlevels = [1, "2"]'), "unet", "got '2' for levels"),
         (("", ""), "nothing", "got 'nothing'; expected one of vae, clip, unet, recogniser"),
     ],

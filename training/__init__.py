@@ -1,1 +1,1 @@
-"""Trains what the pack uses: `python -m training WHAT --config FILE`. Plain torch and accelerate on the host's modules."""
+"""Portrait World and what is trained on it: `python -m training WHAT --config FILE`, on the host's own modules."""

@@ -34,9 +34,8 @@ def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"got {path}, which cannot be read ({str(error).splitlines()[0]}); expected a checkpoint of a run; remove it"
-        ) from error
+        why = str(error).splitlines()[0]
+        raise ValueError(f"got {path}, which cannot be read ({why}); expected a checkpoint; remove it") from error
     told = state["settings"]
     other = [
         f"{key} = {told.get(key)!r} instead of {settings.get(key)!r}"

@@ -45,7 +45,9 @@ class Run:
     def __post_init__(self) -> None:
         positive = ("steps", "batch", "rate", "clip", "log_every", "draw_every", "save_every", "keep")
         wrong = [f"{name} = {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
-        wrong += [f"{name} = {getattr(self, name)}" for name in ("warmup", "decay", "workers") if getattr(self, name) < 0]
+        wrong += [
+            f"{name} = {getattr(self, name)}" for name in ("warmup", "decay", "workers") if getattr(self, name) < 0
+        ]
         if wrong:
             raise ValueError(f"got {', '.join(wrong)} in [run]; expected more; mend the config")
         if not 0 <= self.ema < 1:
@@ -77,9 +79,7 @@ def read(kind: type[Settings], table: Mapping[str, Any], name: str) -> Settings:
     unknown = [key for key in table if key not in known]
     if unknown:
         raise ValueError(f"got {', '.join(unknown)} in [{name}]; expected none but {', '.join(known)}")
-    needed = [
-        key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING
-    ]
+    needed = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
     missing = [key for key in needed if key not in table]
     if missing:
         raise ValueError(f"got no {', '.join(missing)} in [{name}]; expected {', '.join(needed)}; add them")

@@ -35,7 +35,7 @@ Tokens = list[list[int]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Both towers' sizes; `side` of the picture and `patch` in pixels, `forget` the part of words that become unknown."""
+    """Both towers' sizes; `side` and `patch` in pixels; `forget` is the part of words that become unknown."""
 
     width: int = 128
     layers: int = 4
@@ -156,7 +156,9 @@ def load_text(file: Path) -> SD1ClipModel:
         text = text_encoder(told["settings"]["config"], tensors.pop(vocabulary.KNOWN).tolist())
         text.clip_l.transformer.load_state_dict({key: value.float() for key, value in tensors.items()})
     except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a text encoder; train clip first") from error
+        raise ValueError(
+            f"got {file} ({str(error).splitlines()[0]}); expected a text encoder; train clip first"
+        ) from error
     return text.eval().requires_grad_(False)
 
 

@@ -22,7 +22,7 @@ from .source import PICTURES, Source, some
 from .vae import sheet
 
 SIDE, VECTOR = 112, 512
-INPUT, OUTPUT = "input.1", "683"  # as in insightface's packs
+INPUT, OUTPUT = "input.1", "vector"
 TRIED = 32  # people of the check, each with two faces
 
 
@@ -56,6 +56,17 @@ class Separable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + x if self.same else self.body(x)
+
+
+class Places(nn.Module):
+    """Weighs every place of every channel by itself and sums over places: [n, c, h, w] to [n, c]."""
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels, height, width), 1 / (height * width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum((2, 3))
 
 
 def residual(width: int, depth: int) -> list[nn.Module]:
@@ -138,11 +149,9 @@ def build(settings: Settings) -> nn.Module:
     """The network: [n, 3, 112, 112] from -1 to 1 to raw vectors [n, 512]."""
     body = nn.Sequential(*NETWORKS[settings.network](settings.width, settings.depth))
     with torch.no_grad():
-        _, channels, *sides = body.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape
-    # A kernel as large as the map weighs every place of every channel by itself, and is small.
-    pool = nn.Conv2d(channels, channels, tuple(sides), groups=channels, bias=False)
-    head = (nn.Flatten(), nn.Linear(channels, VECTOR, bias=False), nn.BatchNorm1d(VECTOR))
-    return nn.Sequential(body, pool, *head).train()
+        _, *shape = body.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape
+    head = (Places(*shape), nn.Linear(shape[0], VECTOR, bias=False), nn.BatchNorm1d(VECTOR))
+    return nn.Sequential(body, *head).train()
 
 
 def read(faces: list[Tensor]) -> Tensor:

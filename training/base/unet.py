@@ -35,15 +35,15 @@ SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "s
 
 @dataclass(frozen=True)
 class Settings:
-    """`vae` and `text` are files that were trained before; `side` in pixels; `unprompted` the part without a caption."""
+    """`vae` and `text` are files trained before; `side` in pixels; `unprompted` is the part without a caption."""
 
     vae: str
     text: str
     side: int = 128
     channels: int = 32
-    levels: tuple[int, ...] = (1, 2, 4)
+    levels: tuple[int, ...] = (1, 2, 2, 3)
     blocks: int = 2
-    depth: tuple[int, ...] = (1, 1, 1)
+    depth: tuple[int, ...] = (1, 1, 1, 0)
     heads: int = 8
     unprompted: float = 0.1
     checkpointing: bool = False
@@ -139,7 +139,7 @@ def config(settings: Settings, width: int) -> dict[str, Any]:
         "image_size": settings.side // 8, "in_channels": 4, "out_channels": 4, "model_channels": settings.channels,
         "num_res_blocks": [settings.blocks] * len(settings.levels), "channel_mult": list(settings.levels),
         "transformer_depth": inner, "transformer_depth_output": outer,
-        "transformer_depth_middle": max(1, settings.depth[-1]), "context_dim": width, "num_heads": settings.heads,
+        "transformer_depth_middle": 1, "context_dim": width, "num_heads": settings.heads,
         "use_spatial_transformer": True, "legacy": False, "use_checkpoint": settings.checkpointing,
     }  # fmt: skip
 
