@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ def _basis(per: int) -> Points:
 BASIS = _basis(6)
 
 
-def smooth(points: Points | list[tuple[float, float]], closed: bool = True) -> Points:
+def smooth(points: Points | Sequence[tuple[float, float]], closed: bool = True) -> Points:
     """A Catmull-Rom curve through points, six for each of them."""
     p = np.asarray(points, dtype=np.float64)
     if closed:
