@@ -95,11 +95,11 @@ class Measures:
 def measures(head: Head) -> Measures:
     who, look = head.person, LOOKS[head.figure.expression]
     scale = head.half / 0.76
-    mouth = head.chin * 0.60 + 0.03 * who.nose_length
+    mouth = head.chin * 0.635 + 0.03 * who.nose_length
     return Measures(
         gap=(0.315 + 0.042 * who.eye_gap) * scale,
         eye=(1.24 + 0.20 * who.eye_size) * scale**0.5,
-        nose=0.335 * head.chin + 0.065 * who.nose_length,
+        nose=0.36 * head.chin + 0.06 * who.nose_length,
         wing=(0.115 + 0.045 * who.nose_width) * scale,
         mouth=mouth,
         half=(0.235 + 0.058 * who.mouth_width) * scale * look.wide,
