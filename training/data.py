@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from . import world
 from .dice import Dice
 
-PICTURES = 1 << 12  # of each drawn person; more would only repeat what is to be learnt
+PICTURES = 1 << 12  # of each drawn person, at most
 PEOPLE = 1 << 20  # of each split
 JPEG = 95  # quality
 PICTURE_NAMES, MASK_NAME = ("png", "jpg", "jpeg", "webp"), "mask.png"
@@ -67,11 +67,15 @@ class Album(Protocol):
 
 @dataclass(frozen=True)
 class WorldAlbum:
-    """Portrait World, everyone alone in scenes of their own: what is behind a face says nothing of whose it is."""
+    """Portrait World, everyone alone in scenes of their own: what is behind a face says nothing of whose it is.
+
+    The first `people` of a split, `each` pictures of everyone.
+    """
 
     split: str
     side: int = 128
     people: int = PEOPLE
+    each: int = PICTURES
 
     def __len__(self) -> int:
         return self.people
@@ -80,7 +84,7 @@ class WorldAlbum:
         return f"{self.split}-{identity:07d}"
 
     def pictures(self, identity: int) -> int:
-        return PICTURES
+        return min(self.each, PICTURES)
 
     def view(self, identity: int, picture: int) -> View:
         scene = world.scene(identity * PICTURES + picture)

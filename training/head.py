@@ -106,9 +106,19 @@ def head(person: Person, figure: Figure, side: int) -> Head:
     return Head(person, figure, figure.x * fine, figure.y * fine, figure.size * fine)
 
 
-def normals(given: Head, side: int) -> NDArray[np.float64]:
+def ball(given: Head, side: int) -> NDArray[np.floating]:
     """Which way a ball in the head's place faces at each pixel: [3, side, side], right, down and to the viewer."""
+    nose = 0.15 * math.sin(given.figure.yaw) * given.unit  # what faces the viewer moves as the head turns
+    return _facing(given.x + nose, given.y, given.unit * 1.05, given.unit * 1.3, side)
+
+
+def barrel(given: Head, side: int) -> NDArray[np.floating]:
+    """The same for an upright body below the head."""
+    return _facing(given.x, given.y + 2.6 * given.unit, given.unit * 1.9, given.unit * 3.2, side)
+
+
+def _facing(x: float, y: float, wide: float, high: float, side: int) -> NDArray[np.floating]:
     at = (np.arange(side) + 0.5) * FINE
-    x = np.clip((at - given.x) / (given.unit * 1.05), -0.95, 0.95)[None, :].repeat(side, 0)
-    y = np.clip((at - given.y) / (given.unit * 1.3), -0.95, 0.95)[:, None].repeat(side, 1)
-    return np.stack((x, y, np.sqrt(np.maximum(1 - x**2 - y**2, 0.02))))
+    across = np.clip((at - x) / wide, -0.85, 0.85)[None, :].repeat(side, 0)
+    down = np.clip((at - y) / high, -0.85, 0.85)[:, None].repeat(side, 1)
+    return np.stack((across, down, np.sqrt(np.maximum(1 - across**2 - down**2, 0.1))))
