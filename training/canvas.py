@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Points = NDArray[np.float64]  # [n, 2], x and y
+Points = NDArray[np.floating]  # [n, 2], x and y
 Colour = tuple[int, int, int]
 FINE = 4  # pixels drawn for each pixel of the picture, on each axis
+# Labels: nobody 0; person n, from 0, head 2 n + 1, face 2 n + 2, body BODY - n.
+BODY = 255
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -29,7 +32,7 @@ def _basis(per: int) -> Points:
 BASIS = _basis(6)
 
 
-def smooth(points: Points | list[tuple[float, float]], closed: bool = True) -> Points:
+def smooth(points: Points | Sequence[tuple[float, float]], closed: bool = True) -> Points:
     """A Catmull-Rom curve through points, six for each of them."""
     p = np.asarray(points, dtype=np.float64)
     if closed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,9 +29,5 @@ class Dice:
 
     def weigh(self, values: Mapping[T, float]) -> T:
         """One of the keys, as often as its value says relative to the others."""
-        left = self.between(0, sum(values.values()))
-        for value, weight in values.items():
-            left -= weight
-            if left < 0:
-                return value
-        return value
+        ends = list(accumulate(values.values()))
+        return list(values)[min(bisect(ends, self.between(0, ends[-1])), len(ends) - 1)]

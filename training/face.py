@@ -38,7 +38,7 @@ class Look:
 
 
 LOOKS: dict[str, Look] = {
-    "neutral": Look(corner=0.018),
+    "neutral": Look(corner=0.03),
     "smiling": Look(lift=0.01, lid=0.86, corner=0.085, wide=1.18),
     "laughing": Look(lift=0.04, lid=0.58, corner=0.09, open=0.19, wide=1.24),
     "sad": Look(lift=0.01, frown=-0.075, lid=0.80, corner=-0.075, wide=0.92),
@@ -57,7 +57,7 @@ EYES: dict[str, tuple[float, float, float, float]] = {
 BROWS: dict[str, tuple[float, float, float]] = {
     "straight": (-0.205, -0.215, -0.200),
     "arched": (-0.195, -0.285, -0.190),
-    "angled": (-0.185, -0.250, -0.290),
+    "angled": (-0.190, -0.250, -0.262),
     "round": (-0.215, -0.255, -0.160),
 }
 # glasses -> points of the right lens around its middle
@@ -75,7 +75,7 @@ FRECKLES = (
     (0.14, 0.22), (0.22, 0.28), (0.30, 0.23), (0.38, 0.29), (0.45, 0.23), (0.26, 0.35), (0.36, 0.36), (0.18, 0.15),
     (0.46, 0.33), (0.06, 0.17),
 )  # fmt: skip
-SCAR, MOLE = ((0.36, -0.06), (0.42, 0.12), (0.40, 0.22), (0.46, 0.40)), (0.33, 0.44)
+SCAR, MOLE = ((0.26, 0.20), (0.36, 0.24), (0.38, 0.36), (0.50, 0.42)), (0.33, 0.44)
 SIDES = (-1, 1)
 
 
@@ -95,11 +95,11 @@ class Measures:
 def measures(head: Head) -> Measures:
     who, look = head.person, LOOKS[head.figure.expression]
     scale = head.half / 0.76
-    mouth = head.chin * 0.60 + 0.03 * who.nose_length
+    mouth = head.chin * 0.635 + 0.03 * who.nose_length
     return Measures(
         gap=(0.315 + 0.042 * who.eye_gap) * scale,
         eye=(1.24 + 0.20 * who.eye_size) * scale**0.5,
-        nose=0.335 * head.chin + 0.065 * who.nose_length,
+        nose=0.36 * head.chin + 0.06 * who.nose_length,
         wing=(0.115 + 0.045 * who.nose_width) * scale,
         mouth=mouth,
         half=(0.235 + 0.058 * who.mouth_width) * scale * look.wide,
@@ -198,7 +198,7 @@ def _eye(canvas: Canvas, head: Head, m: Measures, side: int) -> None:
     who, unit = head.person, head.figure.size
     half, up, down, drop = (value * m.eye for value in EYES[who.eyes])
     up, down = up * m.look.lid, down * (0.5 + 0.5 * m.look.lid)
-    tilt = drop - 0.045 * who.eye_tilt
+    tilt = drop - 0.034 * who.eye_tilt
     t = np.linspace(-1, 1, 13)
     bow = np.sqrt(1 - t**2 * 0.999)
     upper = np.stack((m.gap + half * t, tilt * t - up * bow), axis=1) * (side, 1)
@@ -219,7 +219,7 @@ def _eye(canvas: Canvas, head: Head, m: Measures, side: int) -> None:
         canvas.shape(head.place(disc), hue, line=0)
     canvas.shape(head.place(ring(middle + 0.03, -0.04 * m.look.lid, 0.024, 0.024, 8)), WHITE, line=0)
     lash = upper[:-1] if side < 0 else upper
-    canvas.stroke(head.place(lash), mix(hair_colour(head), (24, 16, 18), 0.8), 7.0 * unit)
+    canvas.stroke(head.place(lash), mix(hair_colour(head), (24, 16, 18), 0.8), 6.0 * unit)
     _brow(canvas, head, m, side)
 
 
@@ -290,7 +290,7 @@ def _mark(canvas: Canvas, head: Head, skin: Colour) -> None:
     if kind == "mole":
         canvas.shape(head.place(ring(sign * MOLE[0], MOLE[1], 0.042, 0.042, 10)), mix(skin, (40, 16, 12), 0.85), line=0)
     if kind == "scar":
-        scar = head.place(smooth(list(SCAR), closed=False) * (sign, 1), 0.01)
+        scar = head.place(smooth(SCAR, closed=False) * (sign, 1), 0.01)
         canvas.stroke(scar, mix(skin, (150, 30, 50), 0.75), 10 * head.figure.size)
         canvas.stroke(scar, mix(skin, (255, 210, 205), 0.7), 4 * head.figure.size)
 

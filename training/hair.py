@@ -65,6 +65,8 @@ TUFTS: dict[str, tuple[tuple[float, float, float, float], ...]] = {
     "pigtails": ((-1.08, 0.30, 0.22, 0.58), (1.08, 0.30, 0.22, 0.58)),
     "ponytail": ((0.88, -0.62, 0.30, 0.26), (1.06, 0.08, 0.19, 0.66)),
 }
+# Along the edge of the hair: how far from the middle, how wide, of what tint.
+STRANDS = ((0.86, 6.4, (WHITE, 0.22)), (0.94, 3.2, (BLACK, 0.25)), (0.78, 3.2, (BLACK, 0.20)))
 CREST = ((-0.20, -0.62), (-0.26, -1.00), (-0.16, -1.46), (0.0, -1.56), (0.16, -1.46), (0.26, -1.00), (0.20, -0.62))
 
 
@@ -99,29 +101,17 @@ def before(canvas: Canvas, head: Head, label: int) -> None:
     cut, hue = CUTS[head.person.hair], colour(head)
     if cut is None:
         return
-    shaved = head.person.hair == "mohawk"
-    over = _over(head, cut)
-    edge = head.place(smooth([(x * head.half, y) for x, y in FRINGES[head.person.fringe]], closed=False), 0.02)
-    points = np.concatenate((head.rim(over), edge[::-1]))
-    if shaved:
+    line = np.array(FRINGES[head.person.fringe]) * (head.half, 1)
+    edge = head.place(smooth(line, closed=False), 0.02)
+    points = np.concatenate((head.rim(_over(head, cut)), edge[::-1]))
+    if head.person.hair == "mohawk":
         canvas.shade(points, hue, 0.28)
-        crest = head.rim(smooth(list(CREST)))
-        canvas.shape(crest, hue, label)
+        canvas.shape(head.rim(smooth(CREST)), hue, label)
         return
-    canvas.shade(
-        np.concatenate(
-            (
-                edge,
-                head.place(
-                    smooth([(x * head.half * 0.97, y + 0.09) for x, y in FRINGES[head.person.fringe]], closed=False)
-                )[::-1],
-            )
-        ),
-        BLACK,
-        0.16,
-    )
+    below = head.place(smooth(line * (0.97, 1) + (0, 0.09), closed=False))
+    canvas.shade(np.concatenate((edge, below[::-1])), BLACK, 0.16)
     canvas.shape(points, hue, label)
-    _strands(canvas, head, over, hue)
+    _strands(canvas, head, _over(head, cut), hue)
 
 
 def _over(head: Head, cut: Cut) -> Points:
@@ -135,21 +125,15 @@ def _over(head: Head, cut: Cut) -> Points:
     ]
     left = [(-x + 2 * cut.lean * (y < -0.7), y) for x, y in reversed(right)]
     inner = (0.95 * half, cut.down + 0.03)
-    points = smooth([*left, *right], closed=False)
-    points = _wavy(points, cut)
+    points = _wavy(smooth([*left, *right], closed=False), cut)
     return np.concatenate(([(-inner[0], inner[1])], points, [inner]))
 
 
 def _strands(canvas: Canvas, head: Head, over: Points, hue: Colour) -> None:
     """A shine and a few strands that follow the hair's edge."""
-    light = mix(hue, WHITE, 0.22)
-    for share, width, tint in (
-        (0.80, 1.6, light),
-        (0.88, 0.8, mix(hue, BLACK, 0.25)),
-        (0.72, 0.8, mix(hue, BLACK, 0.2)),
-    ):
-        middle = over[len(over) // 5 : -len(over) // 5] * (share + 0.06)
-        canvas.line(head.rim(middle), tint, width * head.unit / canvas.fine * 4)
+    middle = over[len(over) // 5 : -len(over) // 5]
+    for share, width, tint in STRANDS:
+        canvas.line(head.rim(middle * share), mix(hue, *tint), width * head.figure.size)
 
 
 # beard -> outer and inner edge on the viewer's right, from the middle outwards, and how dense; x in half widths of the

@@ -6,6 +6,7 @@ Head units: 1 is half a face's height, x to the viewer's right, y down, the orig
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,13 +64,13 @@ class Head:
         left = [(-x, y) for x, y in reversed(right)]
         return np.array([(0.0, TOP), *right, (0.0, chin), *left])
 
-    def place(self, points: Points | list[tuple[float, float]], lift: float | Points = 0.0) -> Points:
+    def place(self, points: Points | Sequence[tuple[float, float]], lift: float | Points = 0.0) -> Points:
         """Points on the face's surface, `lift` above it, as fine pixels of the picture: [n, 2]."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         round_ = 1 - 0.8 * (p[:, 0] / (self.half + 0.1)) ** 2 - 0.35 * (p[:, 1] / 1.1) ** 2
         return self.at(p, DEPTH * np.sqrt(np.maximum(round_, 0.03)) + lift)
 
-    def at(self, points: Points | list[tuple[float, float]], depth: float | Points) -> Points:
+    def at(self, points: Points | Sequence[tuple[float, float]], depth: float | Points) -> Points:
         """Points at a depth, above 0 towards the viewer, as fine pixels of the picture: [n, 2]."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         z = np.broadcast_to(np.asarray(depth, dtype=np.float64), len(p))
@@ -80,7 +81,7 @@ class Head:
         near = 1 + NEARER * (z - DEPTH)
         return self.flat(np.stack((x * near, y * near), axis=1))
 
-    def rim(self, points: Points | list[tuple[float, float]], depth: float = 0.0) -> Points:
+    def rim(self, points: Points | Sequence[tuple[float, float]], depth: float = 0.0) -> Points:
         """Points of a silhouette: a round head turns without growing narrow; the chin, further out, swings along."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         swing = 0.46 * np.clip(p[:, 1], 0, 1.2) ** 1.4 + 0.10 + depth
@@ -93,7 +94,7 @@ class Head:
         sin, cos = math.sin(self.figure.roll), math.cos(self.figure.roll)
         return points @ np.array([[cos, sin], [-sin, cos]]) * self.unit + (self.x, self.y)
 
-    def body(self, points: Points | list[tuple[float, float]]) -> Points:
+    def body(self, points: Points | Sequence[tuple[float, float]]) -> Points:
         """Points of the body, which neither turns nor tilts, as fine pixels of the picture."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         return p * self.unit + (self.x, self.y)
@@ -105,9 +106,19 @@ def head(person: Person, figure: Figure, side: int) -> Head:
     return Head(person, figure, figure.x * fine, figure.y * fine, figure.size * fine)
 
 
-def normals(given: Head, side: int) -> NDArray[np.float64]:
+def ball(given: Head, side: int) -> NDArray[np.floating]:
     """Which way a ball in the head's place faces at each pixel: [3, side, side], right, down and to the viewer."""
+    nose = 0.15 * math.sin(given.figure.yaw) * given.unit  # what faces the viewer moves as the head turns
+    return _facing(given.x + nose, given.y, given.unit * 1.05, given.unit * 1.3, side)
+
+
+def barrel(given: Head, side: int) -> NDArray[np.floating]:
+    """The same for an upright body below the head."""
+    return _facing(given.x, given.y + 2.6 * given.unit, given.unit * 1.9, given.unit * 3.2, side)
+
+
+def _facing(x: float, y: float, wide: float, high: float, side: int) -> NDArray[np.floating]:
     at = (np.arange(side) + 0.5) * FINE
-    x = np.clip((at - given.x) / (given.unit * 1.05), -0.95, 0.95)[None, :].repeat(side, 0)
-    y = np.clip((at - given.y) / (given.unit * 1.3), -0.95, 0.95)[:, None].repeat(side, 1)
-    return np.stack((x, y, np.sqrt(np.maximum(1 - x**2 - y**2, 0.02))))
+    across = np.clip((at - x) / wide, -0.85, 0.85)[None, :].repeat(side, 0)
+    down = np.clip((at - y) / high, -0.85, 0.85)[:, None].repeat(side, 1)
+    return np.stack((across, down, np.sqrt(np.maximum(1 - across**2 - down**2, 0.1))))

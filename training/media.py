@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from .canvas import Medium
-from .head import Head, normals
+from .canvas import BODY, Medium
+from .head import Head, ball, barrel
 from .scenes import Scene
 
-Picture = NDArray[np.float32]  # [side, side, 3], 0 to 1
+Picture = NDArray[np.floating]  # [side, side, 3], 0 to 1
 GREY = np.array((0.299, 0.587, 0.114), dtype=np.float32)
 
 
@@ -23,7 +23,7 @@ class Sheet:
 
     scene: Scene
     heads: Sequence[Head]
-    owners: NDArray[np.uint8]  # [side, side], the labels: nobody 0, then two for each person, the face the higher
+    owners: NDArray[np.uint8]  # [side, side], the labels of a canvas
     seed: int
 
     @property
@@ -37,16 +37,18 @@ class Sheet:
         return np.asarray(image, dtype=np.float32)[..., None] / 127.5 - 1
 
     def light(self) -> Picture:
-        """How bright each pixel is lit, around 1: a soft slope over the picture, and heads as round things."""
+        """How bright each pixel is lit, around 1: a soft slope over the picture, heads as balls, bodies as barrels."""
         scene, side = self.scene, self.side
-        slope = np.linspace(-0.5, 0.5, side, dtype=np.float32)[None, :, None] * scene.side
-        out = 1 + 0.30 * scene.strength * slope * np.ones((side, 1, 1), dtype=np.float32)
+        slope = np.linspace(-0.5, 0.5, side)[None, :] * scene.side
+        out = 1 + 0.30 * scene.strength * slope * np.ones((side, 1))
         for number, head in enumerate(self.heads):
-            x, y, z = normals(head, side)
-            lit = 0.62 * x * scene.side - 0.32 * y + 0.55 * z
-            mine = (self.owners + 1) // 2 == number + 1
-            out[mine] += (0.62 * scene.strength * (lit[mine] - 0.42))[:, None]
-        return out
+            for mine, (x, y, z) in (
+                (self.owners == BODY - number, barrel(head, side)),
+                ((self.owners + 1) // 2 == number + 1, ball(head, side)),
+            ):
+                lit = 0.62 * x * scene.side - 0.32 * y + 0.55 * z - 0.42
+                out += 0.62 * scene.strength * np.where(mine, lit, 0)
+        return out[..., None]
 
 
 def _blur(picture: Picture, radius: float) -> Picture:

@@ -27,11 +27,14 @@ PLACES: Mapping[str, str] = {
     "desert": "in a desert",
     "night": "at night",
 }
-EXPRESSIONS = ("neutral", "smiling", "laughing", "sad", "surprised", "angry")
+# expression -> how often it is met, relative to the others
+EXPRESSIONS: Mapping[str, float] = {
+    "neutral": 3, "smiling": 3, "laughing": 2, "sad": 1, "surprised": 1, "angry": 1,
+}  # fmt: skip
+NEUTRAL = "neutral"  # of which nothing is said
 CLOTHES = ("tee", "jumper", "shirt", "hoodie")
 COLOURS = ("red", "blue", "green", "yellow", "white", "black", "purple", "orange")
 FRAMINGS: Mapping[str, str] = {"close": "close up", "bust": "", "wide": "from afar"}
-ALONE, TOGETHER = "person", "two people"
 LIGHTS = {"warm": "in warm light", "cold": "in cold light"}
 TINTED = 0.45  # the warmth from which a sentence may speak of it
 
@@ -112,7 +115,7 @@ def _figure(dice: Dice, framing: str, middle: float, people: int) -> Figure:
         pitch=dice.between(-PITCH, PITCH),
         roll=dice.between(-ROLL, ROLL),
         gaze=dice.between(-1, 1),
-        expression=dice.pick(EXPRESSIONS),
+        expression=dice.weigh(EXPRESSIONS),
         clothes=dice.pick(CLOTHES),
         colour=dice.pick(COLOURS),
     )
@@ -134,19 +137,19 @@ def caption(given: Scene) -> str:
 
 
 def _who(figures: tuple[Figure, ...], dressed: bool) -> str:
-    alike = {figure.expression for figure in figures}
-    face = alike.pop() if len(alike) == 1 else "neutral"
-    face = "" if face == "neutral" else face
-    if len(figures) > 1:
-        return f"two {face} people" if face else TOGETHER
+    first, *others = figures
+    alike = all(other.expression == first.expression for other in others)
+    face = first.expression if alike and first.expression != NEUTRAL else ""
+    if others:
+        return f"two {face} people" if face else "two people"
     article = "an" if face[:1] == "a" else "a"
-    return " ".join(filter(None, (article, face, ALONE, f"in {figures[0].colour}" if dressed else "")))
+    return " ".join(filter(None, (article, face, "person", f"in {first.colour}" if dressed else "")))
 
 
 def _words() -> tuple[str, ...]:
     """Every word that a sentence may hold, in alphabetical order."""
-    said = [*PLACES.values(), *EXPRESSIONS[1:], *COLOURS, *FRAMINGS.values(), *LIGHTS.values(), "a an", ALONE, TOGETHER]
-    said += [part for parts in STYLES.values() for part in parts]
+    said = [*PLACES.values(), *COLOURS, *FRAMINGS.values(), *LIGHTS.values(), *(set(EXPRESSIONS) - {NEUTRAL})]
+    said += ["a person", "an", "two people", "in", *(part for parts in STYLES.values() for part in parts)]
     return tuple(sorted({word for text in said for word in text.split()}))
 
 
