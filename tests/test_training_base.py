@@ -117,7 +117,7 @@ def test_the_host_loads_the_text_encoder(trained: Path) -> None:
         assert plain == clip.tokenize(clip.SDTokenizer(), [text])
         with torch.inference_mode():
             seen = host.encode_from_tokens(host.tokenize(text.replace("(red:1.3)", "red")))
-            expected = own.clip_l(clip.tokenize(clip.SDTokenizer(), [text.replace("(red:1.3)", "red")]))[0]
+            expected = own(clip.tokenize(clip.SDTokenizer(), [text.replace("(red:1.3)", "red")]))[0]
         assert seen.shape == (1, 77, 32) and torch.allclose(seen.float(), expected, atol=2e-3)
 
 
@@ -125,7 +125,7 @@ def test_unknown_words_are_all_alike(trained: Path) -> None:
     own = clip.load_text(trained / "clip" / "model" / clip.TEXT)
 
     def encode(text: str) -> Tensor:
-        return own.clip_l(clip.tokenize(clip.SDTokenizer(), [text]))[0]
+        return own(clip.tokenize(clip.SDTokenizer(), [text]))[0]
 
     with torch.no_grad():
         assert torch.equal(encode("a cat at the left"), encode("a dog at the left"))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 TABLES = ("run", "task")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -59,8 +57,8 @@ class Run:
 def tables(file: Path) -> dict[str, dict[str, Any]]:
     """The tables `run` and `task` of a file. Raises ValueError where it has others, or lacks one."""
     try:
-        told = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        told = toml.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
         raise ValueError(f"got {file}, which cannot be read ({error}); expected a TOML file") from error
     wrong = [name for name in told if name not in TABLES or not isinstance(told[name], dict)]
     missing = [name for name in TABLES if name not in told]

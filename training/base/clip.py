@@ -14,7 +14,7 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
-from comfy.sd1_clip import SD1ClipModel, SDTokenizer
+from comfy.sd1_clip import SDClipModel, SDTokenizer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -56,14 +56,14 @@ class ClipPair(Task):
         self.settings, self.source = settings, source
         self.tokenizer = SDTokenizer()
         self.text = text_encoder(text_config(settings), tokens_of(self.tokenizer, source.words))
-        self.vision = CLIPVisionModelProjection(
+        self.vision: Any = CLIPVisionModelProjection(
             vision_config(settings), torch.float32, torch.get_default_device(), comfy.ops.disable_weight_init
         )
         start(self.text, seed)
         start(self.vision, seed + 1)
         with torch.no_grad():
-            self.vision.vision_model.embeddings.class_embedding.fill_(0.0)
-            self.text.clip_l.logit_scale.fill_(FIRST_SCALE)
+            self.vision.vision_model.embeddings.class_embedding.zero_()
+            self.text.logit_scale.fill_(FIRST_SCALE)
         keep_for_gradient(self)
         self.contrast: nn.Module | None = None
 
@@ -74,7 +74,7 @@ class ClipPair(Task):
         return {"pictures": self._read(list(found.values())), "tokens": forget(tokens, forgotten)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        scale = self.text.clip_l.logit_scale.clamp(max=LARGEST_SCALE).exp()
+        scale = self.text.logit_scale.clamp(max=LARGEST_SCALE).exp()
         texts, seen = self._features(batch)
         return {"contrastive": self._contrast()(seen, texts, scale)}
 
@@ -90,8 +90,8 @@ class ClipPair(Task):
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         told = {**asdict(self.settings), "config": text_config(self.settings)}
-        text = {key: value.half() for key, value in self.text.clip_l.transformer.state_dict().items()}
-        text[vocabulary.KNOWN] = torch.tensor(self.text.clip_l.transformer.get_input_embeddings().known)
+        text = {key: value.half() for key, value in self.text.transformer.state_dict().items()}
+        text[vocabulary.KNOWN] = torch.tensor(self.text.transformer.get_input_embeddings().known)
         save_file(contiguous(text), folder / TEXT, own_file.metadata("clip_text", "SD1.5", notes, settings=told))
         told = {**asdict(self.settings), "config": vision_config(self.settings)}
         vision = {key: value.half() for key, value in self.vision.state_dict().items()}
@@ -104,7 +104,7 @@ class ClipPair(Task):
     def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Directions of the texts and of the pictures, [n, width] each."""
         device = self.vision.visual_projection.weight.device
-        texts = self.text.clip_l(batch["tokens"])[1]
+        texts = self.text(batch["tokens"])[1]
         seen = self.vision(batch["pictures"].to(device))[2]
         return normalize(texts, dim=-1), normalize(seen, dim=-1)
 
@@ -138,23 +138,22 @@ def vision_config(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def text_encoder(config: Mapping[str, Any], known: Sequence[int]) -> SD1ClipModel:
-    """The host's text encoder of that size, which gives the projected text too."""
+def text_encoder(config: Mapping[str, Any], known: Sequence[int]) -> Any:
+    """The host's text encoder of that size: lists of tokens to states [n, 77, width] and projected texts [n, width]."""
     options = {"clip_l_model_config": dict(config), "custom_operations": comfy.ops.disable_weight_init}
-    text = SD1ClipModel(device=torch.get_default_device(), dtype=torch.float32, model_options=options)
-    text.clip_l.transformer.set_input_embeddings(vocabulary.Vocabulary(known, config["hidden_size"]))
-    text.clip_l.set_clip_options({"projected_pooled": True})
+    text: Any = SDClipModel(device=str(torch.get_default_device()), dtype=torch.float32, model_options=options)
+    text.transformer.set_input_embeddings(vocabulary.Vocabulary(known, config["hidden_size"]))
     return text
 
 
-def load_text(file: Path) -> SD1ClipModel:
+def load_text(file: Path) -> Any:
     """A trained text encoder as a plain module. Raises ValueError where the file is not one."""
     try:
         with safe_open(file, "pt") as opened:
             told = json.loads((opened.metadata() or {})["likeness"])
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         text = text_encoder(told["settings"]["config"], tensors.pop(vocabulary.KNOWN).tolist())
-        text.clip_l.transformer.load_state_dict({key: value.float() for key, value in tensors.items()})
+        text.transformer.load_state_dict({key: value.float() for key, value in tensors.items()})
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"got {file} ({str(error).splitlines()[0]}); expected a text encoder; train clip first"

@@ -16,6 +16,7 @@ import comfy.supported_models
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -62,9 +63,9 @@ class TextToImage(Task):
         text, pictures_to_latents = clip.load_text(Path(settings.text)), vae.load(Path(settings.vae))
         self.tokenizer = clip.SDTokenizer()
         self.frozen = Frozen(text, pictures_to_latents)
-        width = text.clip_l.transformer.get_input_embeddings().weight.shape[1]
+        width = text.transformer.get_input_embeddings().weight.shape[1]
         self.config = config(settings, width)
-        self.model = base_model(self.config)
+        self.model: Any = base_model(self.config)
         start(self.model.diffusion_model, seed, silent=SILENT)
 
     def batch(self, chance: Generator, size: int) -> Batch:
@@ -116,7 +117,7 @@ class TextToImage(Task):
 class Frozen:
     """What is trained already and only used: no part of the module, so that no checkpoint or process group has it."""
 
-    def __init__(self, text: nn.Module, autoencoder: nn.Module) -> None:
+    def __init__(self, text: nn.Module, autoencoder: TAESD) -> None:
         self.text, self.autoencoder = text, autoencoder
 
     def latents(self, seen: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class Frozen:
 
     def words(self, tokens: clip.Tokens, device: torch.device) -> Tensor:
         """What the UNet reads of texts, [n, 77, width]."""
-        return self.text.to(device).clip_l(tokens)[0]
+        return self.text.to(device)(tokens)[0]
 
 
 def config(settings: Settings, width: int) -> dict[str, Any]:
