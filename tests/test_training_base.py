@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
 from comfyui_likeness.nodes.loaders import face_analyzer
 from comfyui_likeness.training import loop, tasks
-from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
+from comfyui_likeness.training.base import clip, latents, recogniser, source, unet, vae
 from comfyui_likeness.training.task import Task, chance
 from PIL import Image
 from safetensors import safe_open
@@ -214,13 +216,39 @@ def test_the_loss_is_the_noises(trained: Path) -> None:
     batch = task.batch(chance(1), 6)
     # Its last layer begins at 0: it says that there is no noise.
     assert float(task(batch)["noise"].detach()) == pytest.approx(float(batch["noise"].square().mean()), rel=1e-3)
-    latents = task.model.process_latent_in(task.frozen.latents(batch["pictures"]))
+    clear = task.model.process_latent_in(latents.encode(task.frozen.autoencoder, batch["pictures"]))
     sigma = task.model.model_sampling.sigma(batch["times"])[:, None, None, None]
-    scaled = (latents + sigma * batch["noise"]) / (1 + sigma**2) ** 0.5
+    scaled = (clear + sigma * batch["noise"]) / (1 + sigma**2) ** 0.5
     given: list[Tensor] = []
     task.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda _, args: given.append(args[0]))
     task(batch)
     assert torch.allclose(given[0], scaled, atol=1e-5)
+
+
+def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "PIECE", 4)
+    settings = replace(small_unet(trained), pool=6)
+    task = unet.TextToImage(settings, DISCS, 0)
+    pool = task.frozen.pool
+    assert pool is not None and pool.shape == (6, 4, 4, 4)
+    seen = latents.encode(task.frozen.autoencoder, source.pictures(DISCS, range(6), 32))
+    assert torch.allclose(pool.float(), seen, atol=1e-2)
+    batch = task.batch(chance(1), 5)
+    assert {tuple(row.flatten().tolist()) for row in batch["latents"]} <= {
+        tuple(row.flatten().tolist()) for row in pool.float()
+    }
+    numbers = source.some(chance(1), 5, 6)
+    whole = {key: value for key, value in batch.items() if key != "latents"}
+    whole["pictures"] = source.pictures(DISCS, numbers, 32)
+    task.model.diffusion_model.out[2].weight.data.normal_(generator=chance(2))
+    assert float(task(batch)["noise"].detach()) == pytest.approx(float(task(whole)["noise"].detach()), rel=1e-2)
+    (piece,) = Path(settings.vae).parent.glob("latents-*-32/00000004.safetensors")
+    assert len(load_file(piece)["latents"]) == 4
+    first = piece.with_name("00000000.safetensors")
+    stamps = first.stat().st_mtime_ns, piece.unlink()
+    again = unet.TextToImage(settings, DISCS, 0).frozen.pool
+    assert again is not None and torch.equal(again, pool)
+    assert piece.is_file() and first.stat().st_mtime_ns == stamps[0]
 
 
 def test_captions_are_dropped(trained: Path) -> None:
@@ -355,7 +383,10 @@ def test_portrait_world_is_a_source(tmp_path: Path) -> None:
     assert sum("two" in text or "people" in text for text in captions) == 8
     config = tmp_path / "vae.toml"
     config.write_text(f'[run]\nfolder = "{tmp_path}/run"\nsteps = 1\nbatch = 1\nrate = 1e-3\n[task]\nside = 32\n')
-    made = tasks.train("vae", config)
-    assert (made / vae.FILE).is_file()
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "vae", "--config", str(config)], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "run" / "model" / vae.FILE).is_file()
     drawn = Image.open(tmp_path / "run" / "drawn" / "pictures-00000001.png")
     assert drawn.size == (vae.SHOWN * 32, 2 * 32)

@@ -24,8 +24,8 @@ from torch.nn.functional import mse_loss
 
 from ...likeness import own_file
 from ..task import Batch, Task, start
-from . import clip, vae
-from .source import Source, captions, pictures, some
+from . import clip, latents, vae
+from .source import PICTURES, Source, captions, pictures, some
 
 FILE = "unet.safetensors"
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
@@ -36,7 +36,10 @@ SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "s
 
 @dataclass(frozen=True)
 class Settings:
-    """`vae` and `text` are files trained before; `side` in pixels; `unprompted` is the part without a caption."""
+    """`vae` and `text` are files trained before; `side` in pixels; `unprompted` is the part without a caption.
+
+    With a `pool` it trains on the first so many pictures, whose latents are made once.
+    """
 
     vae: str
     text: str
@@ -47,6 +50,7 @@ class Settings:
     depth: tuple[int, ...] = (1, 1, 1, 0)
     heads: int = 8
     unprompted: float = 0.1
+    pool: int = 0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -60,21 +64,27 @@ class TextToImage(Task):
     def __init__(self, settings: Settings, source: Source, seed: int) -> None:
         super().__init__()
         self.settings, self.source = settings, source
-        text, pictures_to_latents = clip.load_text(Path(settings.text)), vae.load(Path(settings.vae))
+        file, text = Path(settings.vae), clip.load_text(Path(settings.text))
         self.tokenizer = clip.SDTokenizer()
-        self.frozen = Frozen(text, pictures_to_latents)
+        self.frozen = Frozen(text, vae.load(file))
+        if settings.pool:
+            autoencoder = self.frozen.autoencoder
+            self.frozen.pool = latents.pool(source, file, autoencoder, settings.side, settings.pool)
         width = text.transformer.get_input_embeddings().weight.shape[1]
         self.config = config(settings, width)
         self.model: Any = base_model(self.config)
         start(self.model.diffusion_model, seed, silent=SILENT)
 
     def batch(self, chance: Generator, size: int) -> Batch:
-        side = self.settings.side
-        numbers = some(chance, size)
+        side, pool = self.settings.side, self.frozen.pool
+        numbers = some(chance, size, PICTURES if pool is None else len(pool))
+        shown = (
+            {"pictures": pictures(self.source, numbers, side)} if pool is None else {"latents": pool[numbers].float()}
+        )
         dropped = (torch.rand(size, generator=chance) < self.settings.unprompted).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(numbers, dropped, strict=True)]
         return {
-            "pictures": pictures(self.source, numbers, side), "tokens": clip.tokenize(self.tokenizer, texts),
+            **shown, "tokens": clip.tokenize(self.tokenizer, texts),
             "noise": torch.randn(size, 4, side // 8, side // 8, generator=chance),
             "times": torch.randint(self.model.model_sampling.num_timesteps, (size,), generator=chance),
         }  # fmt: skip
@@ -82,10 +92,12 @@ class TextToImage(Task):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         model, noise = self.model, batch["noise"]
         with torch.no_grad():
-            latents = model.process_latent_in(self.frozen.latents(batch["pictures"]))
+            if "latents" not in batch:
+                batch = {**batch, "latents": latents.encode(self.frozen.autoencoder, batch["pictures"])}
+            clear = model.process_latent_in(batch["latents"])
             text = self.frozen.words(batch["tokens"], noise.device)
             sigma = model.model_sampling.sigma(batch["times"])
-            noisy = model.model_sampling.noise_scaling(sigma, noise, latents)
+            noisy = model.model_sampling.noise_scaling(sigma, noise, clear)
         clean = model.apply_model(noisy, sigma, c_crossattn=text)
         # The host's model gives the picture that its noise leaves.
         said = (noisy - clean) / sigma[:, None, None, None]
@@ -101,11 +113,11 @@ class TextToImage(Task):
         side = self.settings.side // 8
         noise = torch.randn(len(texts), 4, side, side, generator=chance)
         held = ModelPatcher(self.model, device, device)
-        latents = comfy.sample.sample(
+        made = comfy.sample.sample(
             held, noise, positive=with_text, negative=without, latent_image=torch.zeros_like(noise),
             disable_pbar=True, seed=0, **SAMPLING,
         )  # fmt: skip
-        return {"pictures": vae.sheet(self.frozen.pictures(latents.to(device)))}
+        return {"pictures": vae.sheet(latents.decode(self.frozen.autoencoder, made.to(device)))}
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         weights = self.model.diffusion_model.state_dict()
@@ -119,13 +131,7 @@ class Frozen:
 
     def __init__(self, text: nn.Module, autoencoder: TAESD) -> None:
         self.text, self.autoencoder = text, autoencoder
-
-    def latents(self, seen: Tensor) -> Tensor:
-        """Pictures [n, 3, H, W] from 0 to 1 to the VAE's latents [n, 4, H / 8, W / 8]."""
-        return self.autoencoder.to(seen.device).encode(seen * 2 - 1)
-
-    def pictures(self, latents: Tensor) -> Tensor:
-        return (self.autoencoder.to(latents.device).decode(latents) / 2 + 0.5).clamp(0, 1)
+        self.pool: Tensor | None = None
 
     def words(self, tokens: clip.Tokens, device: torch.device) -> Tensor:
         """What the UNet reads of texts, [n, 77, width]."""
