@@ -30,7 +30,6 @@ class World:
         return torch.from_numpy(world.paint(people, scene, side).image)
 
     def face(self, person: int, number: int) -> Tensor:
-        # A person's own scenes: two of them are not told apart by what is behind their faces.
         painted = world.paint([world.person(person, self.split)], world.scene(number), FACE_PICTURE)
         return torch.from_numpy(world.aligned(painted, 0))
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 
 from ...likeness import own_file
 from ..task import Batch, Task
-from .source import PICTURES, Source, some
+from .source import Source, some
 from .vae import sheet
 
 SIDE, VECTOR = 112, 512
@@ -91,14 +91,13 @@ NETWORKS: Mapping[str, Callable[[int, int], list[nn.Module]]] = {"residual": res
 
 @dataclass(frozen=True)
 class Settings:
-    """`people` in training, `faces` of each; cosines are scaled by `scale`, angles of the right person by `margin`."""
+    """`people` in training; cosines are scaled by `scale`, the right person's angle grows by `margin` (radians)."""
 
     file: str = "recogniser"
     network: str = "residual"
     width: int = 24
     depth: int = 4
     people: int = 10000
-    faces: int = 16
     scale: float = 32.0
     margin: float = 0.4
 
@@ -120,8 +119,7 @@ class Recogniser(Task):
 
     def batch(self, chance: Generator, size: int) -> Batch:
         people = some(chance, size, self.settings.people)
-        faces = [self.source.face(a, b) for a, b in zip(people, some(chance, size, self.settings.faces), strict=True)]
-        return {"faces": read(faces), "people": torch.tensor(people)}
+        return {"faces": self._faces(people, chance), "people": torch.tensor(people)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         cosines = linear(normalize(self.network(batch["faces"])), normalize(self.people))
@@ -130,16 +128,17 @@ class Recogniser(Task):
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Two faces of people outside the training, their mean cosines, and how often the likest face is the other."""
         people = [self.settings.people + number for number in some(chance, TRIED, self.settings.people)]
-        pairs = [some(chance, TRIED, PICTURES) for _ in range(2)]
-        first, second = (
-            read([self.source.face(a, b) for a, b in zip(people, numbers, strict=True)]).to(self.people.device)
-            for numbers in pairs
-        )
+        first, second = (self._faces(people, chance).to(self.people.device) for _ in range(2))
         cosines = normalize(self.network(first)) @ normalize(self.network(second)).T
         right = torch.eye(TRIED, dtype=torch.bool, device=cosines.device)
         found = (cosines.argmax(1) == torch.arange(TRIED, device=cosines.device)).float().mean()
         faces = sheet(first[:8] / 2 + 0.5, second[:8] / 2 + 0.5)
         return {"faces": faces, "same": cosines[right].mean(), "other": cosines[~right].mean(), "found": found}
+
+    def _faces(self, people: list[int], chance: Generator) -> Tensor:
+        """A face of each of these people, from any picture of them."""
+        numbers = some(chance, len(people))
+        return read([self.source.face(person, number) for person, number in zip(people, numbers, strict=True)])
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         export(self.network, folder / f"{self.settings.file}.onnx", asdict(self.settings), notes)
