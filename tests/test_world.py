@@ -123,7 +123,6 @@ def test_every_attribute_shows_in_every_style(style, name):
         other = painted(replace(SHOWN, **{name: value}), given)
         seen = changed(first, other, 6)
         near = first.head[0] | other.head[0]
-        near |= np.roll(near, 6, axis=0) | np.roll(near, 6, axis=1) | np.roll(near, -6, axis=1)  # earrings hang off it
         assert (seen & near).sum() >= 8, value
         assert (seen & near).sum() > 0.3 * seen.sum(), value
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from .canvas import BLACK, WHITE, Canvas, Colour, mix, smooth
 from .head import Head
+from .surface import bow
 
 COLOURS: dict[str, Colour] = {
     "red": (198, 52, 52), "blue": (54, 98, 176), "green": (62, 132, 84), "yellow": (236, 196, 74),
@@ -75,6 +76,6 @@ def _put(canvas: Canvas, head: Head, piece: Piece, label: int) -> None:
     left = right[::-1] * (-1, 1)
     for points in (left, right) if piece.twice else (np.concatenate((left, right[right[:, 0] > 0])),):
         if piece.width:
-            canvas.line(head.body(smooth(points, closed=False)), hue, piece.width * head.figure.size)
+            canvas.line(head.body(bow(points)), hue, piece.width * head.figure.size)
         else:
             canvas.shape(head.body(points if piece.sharp else smooth(points)), hue, label)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, Curve, mix, ring, smooth
 from .dice import Dice
 
 PLAINS: tuple[Colour, ...] = (
@@ -22,7 +22,7 @@ class Backdrop:
     def __init__(self, canvas: Canvas, dice: Dice) -> None:
         self.canvas, self.dice = canvas, dice
 
-    def shape(self, points: Points | list[tuple[float, float]], colour: Colour) -> None:
+    def shape(self, points: Curve, colour: Colour) -> None:
         self.canvas.shape(np.asarray(points, dtype=np.float64) * self.canvas.fine, colour, line=0.7)
 
     def fill(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0, bands: int = 24) -> None:
