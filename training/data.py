@@ -37,7 +37,7 @@ class View(NamedTuple):
     caption: str
     kps: Tensor  # [5, 2], as a viewer sees them: left eye, right eye, nose, left and right corner of the mouth
     box: Tensor  # [4]: left, top, right, bottom of the face
-    mask: Tensor  # bool [H, W], the face without hair
+    mask: Tensor  # bool [H, W], the face without hair, with its beard
 
 
 class Clusters(NamedTuple):

@@ -139,9 +139,10 @@ def _strands(canvas: Canvas, head: Head, over: Points, hue: Colour) -> None:
 
 # beard -> outer and inner edge on the viewer's right, from the middle outwards, and how dense; x in half widths of the
 # face, y from the mouth (0) to the chin (1)
+JAW = ((0.0, 1.00), (0.36, 0.92), (0.72, 0.52), (0.93, 0.0), (1.0, -0.75))
 CHIN = ((0.0, 1.24), (0.40, 1.14), (0.76, 0.62), (0.95, 0.0), (1.0, -0.75))
 BEARDS: dict[str, tuple[Edge, Edge, float]] = {
-    "stubble": (CHIN, ((0.0, -0.34), (0.36, -0.32), (0.66, -0.46), (0.98, -0.80)), 0.34),
+    "stubble": (JAW, ((0.0, -0.34), (0.36, -0.32), (0.66, -0.46), (0.98, -0.80)), 0.34),
     "full": (CHIN, ((0.0, -0.36), (0.34, -0.32), (0.62, -0.20), (0.86, -0.80)), 1.0),
     "chin curtain": (CHIN, ((0.0, 0.66), (0.36, 0.56), (0.72, 0.0), (0.88, -0.75)), 1.0),
     "goatee": (
@@ -157,8 +158,8 @@ BEARDS: dict[str, tuple[Edge, Edge, float]] = {
 }  # fmt: skip
 
 
-def beard(on: Surface, mouth: float) -> None:
-    """The beard, which the mouth lies on. `mouth`: its height."""
+def beard(on: Surface, mouth: float, label: int) -> None:
+    """The beard, which the mouth lies on and which is of the face. `mouth`: its height."""
     head = on.head
     if head.person.beard == "none":
         return
@@ -170,4 +171,4 @@ def beard(on: Surface, mouth: float) -> None:
     if opacity < 1:
         on.shade(points, hue, opacity)
     else:
-        on.shape(points, hue, 0.02, line=0.6)
+        on.shape(points, hue, 0.02, 0.6, label)

@@ -29,7 +29,7 @@ class Painted:
     image: NDArray[np.uint8]  # [side, side, 3], RGB
     kps: NDArray[np.float32]  # [people, 5, 2]: left eye, right eye, nose, corners of the mouth, as the viewer sees them
     box: NDArray[np.float32]  # [people, 4]: left, top, right, bottom of the face from the forehead to the chin
-    face: NDArray[np.bool_]  # [people, side, side]: without hair
+    face: NDArray[np.bool_]  # [people, side, side]: without hair, with its beard
     head: NDArray[np.bool_]  # [people, side, side]: with it
 
 
@@ -77,7 +77,7 @@ def _figure(canvas: Canvas, head: Head, number: int) -> None:
     face.ears(canvas, head, label)
     face.earrings(canvas, head, label)
     canvas.shape(head.rim(smooth(head.outline())), skin, label + 1)
-    hair.beard(on, where.mouth)
+    hair.beard(on, where.mouth, label + 1)
     face.draw(on, where)
     face.mouth(on, where)
     hair.before(canvas, head, label)

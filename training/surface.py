@@ -15,8 +15,10 @@ class Surface:
     canvas: Canvas
     head: Head
 
-    def shape(self, points: Curve, colour: Colour, lift: float = 0.0, line: float = 0.0) -> None:
-        self.canvas.shape(self.head.place(points, lift), colour, line=line)
+    def shape(
+        self, points: Curve, colour: Colour, lift: float = 0.0, line: float = 0.0, label: int | None = None
+    ) -> None:
+        self.canvas.shape(self.head.place(points, lift), colour, label, line)
 
     def shade(self, points: Curve, colour: Colour, opacity: float, lift: float | Points = 0.0) -> None:
         self.canvas.shade(self.head.place(points, lift), colour, opacity)
