@@ -33,12 +33,16 @@ def _basis(per: int) -> Points:
 BASIS = _basis(6)
 
 
-def smooth(points: Curve, closed: bool = True) -> Points:
-    """A Catmull-Rom curve through points, six for each of them."""
+def smooth(points: Curve) -> Points:
+    """A closed Catmull-Rom curve through points, six for each of them."""
     p = np.asarray(points, dtype=np.float64)
-    if closed:
-        knots = np.stack([np.roll(p, shift, axis=0) for shift in (1, 0, -1, -2)], axis=1)
-        return (BASIS @ knots).reshape(-1, 2)
+    knots = np.stack([np.roll(p, shift, axis=0) for shift in (1, 0, -1, -2)], axis=1)
+    return (BASIS @ knots).reshape(-1, 2)
+
+
+def bow(points: Curve) -> Points:
+    """The same from the first point to the last, open."""
+    p = np.asarray(points, dtype=np.float64)
     p = np.concatenate((p[:1], p, p[-1:]))
     knots = np.stack([p[:-3], p[1:-2], p[2:-1], p[3:]], axis=1)
     return np.concatenate(((BASIS @ knots).reshape(-1, 2), p[-1:]))

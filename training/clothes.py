@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, mix, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, bow, mix, smooth
 from .head import Head
-from .surface import bow
 
 COLOURS: dict[str, Colour] = {
     "red": (198, 52, 52), "blue": (54, 98, 176), "green": (62, 132, 84), "yellow": (236, 196, 74),

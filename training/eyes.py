@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Colour, Points, bow, mix, ring, smooth
 from .features import SIDES, SKINS, Features
 from .hair import colour as hair_colour
-from .surface import Surface, bow
+from .surface import Surface
 
 IRISES: dict[str, Colour] = {
     "brown": (112, 66, 32), "hazel": (166, 120, 48), "green": (70, 146, 84), "blue": (58, 126, 208),

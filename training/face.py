@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, Points, bow, mix, ring, smooth
 from .eyes import brow, eye
 from .features import MOUTH_LIFT, NOSE_LIFT, SIDES, SKINS, USUAL, Features
 from .head import Head
-from .surface import Surface, bow
+from .surface import Surface
 
 # lip colour -> the colour, and how much of it covers the skin's
 LIPS: dict[str, tuple[Colour, float]] = {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, Points, bow, mix, ring, smooth
 from .head import Head
-from .surface import Surface, bow
+from .surface import Surface
 
 COLOURS: dict[str, Colour] = {
     "black": (38, 32, 36), "brown": (84, 56, 40), "chestnut": (134, 76, 44), "ginger": (198, 98, 40),

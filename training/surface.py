@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .canvas import Canvas, Colour, Curve, Points, smooth
+from .canvas import Canvas, Colour, Curve, Points
 from .head import Head
 
 
@@ -28,8 +28,3 @@ class Surface:
 
     def line(self, points: Curve, colour: Colour, width: float, lift: float = 0.0) -> None:
         self.canvas.line(self.head.place(points, lift), colour, width * self.head.figure.size)
-
-
-def bow(points: Curve) -> Points:
-    """An open curve through points."""
-    return smooth(points, closed=False)
