@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
-import comfy.ldm.modules.attention as attention
 import comfy.sample
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
-import trainings
 from analyzers import folder as folder
 from analyzers import models as models
 from analyzers import packs as packs
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
-from comfyui_likeness.nodes.loaders import face_analyzer
-from comfyui_likeness.training import loop, tasks
-from comfyui_likeness.training.base import clip, latents, recogniser, source, unet, vae
-from comfyui_likeness.training.task import Task, chance
+from comfyui_likeness.training.base import clip, latents, source, unet, vae
+from comfyui_likeness.training.task import chance
 from models import SAMPLING
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from trainings import DISCS, fit
 
-DISCS = trainings.Discs()
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 
 SMALL_CLIP = clip.Settings(
     width=32, layers=2, heads=2, vision_width=32, vision_layers=2, vision_heads=2, side=32, patch=8
 )
-SMALL_FACES = recogniser.Settings(width=16, depth=3, people=6)
-
-
-def fit(make: Callable[[], Task], folder: Path, **changes: Any) -> tuple[Path, list[float]]:
-    """Some steps; the folder of the files, and the losses."""
-    run = trainings.run(folder, **{"steps": 2, "draw_every": 100, "save_every": 100, "rate": 1e-3, **changes})
-    return loop.train(make, run, {}), list(trainings.values(folder).values())
 
 
 def told(file: Path) -> dict[str, Any]:
@@ -198,18 +183,6 @@ def test_the_host_samples_the_unet(trained: Path) -> None:
     assert told(file)["base"] == "SD1.5"
 
 
-def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
-    run, about = tasks.settings("unet", ROOT / "training" / "configs" / "two_cores" / "unet.toml")
-    with torch.device("meta"):
-        net = unet.base_model(unet.config(about, 128)).diffusion_model
-    weights = sum(value.numel() for value in net.parameters())
-    names = [name for name, _ in net.named_modules() if name.endswith("attn2")]
-    assert names == [
-        name.removesuffix(".to_q.weight") for name in published_sd15() if name.endswith("attn2.to_q.weight")
-    ]
-    assert 4e6 < weights < 5e6 and run.batch == 32
-
-
 def test_the_loss_is_the_noises(trained: Path) -> None:
     task = unet.TextToImage(small_unet(trained), DISCS, 0)
     batch = task.batch(chance(1), 6)
@@ -272,54 +245,6 @@ def test_the_unet_learns_and_drawing_leaves_no_trace(trained: Path, tmp_path: Pa
     assert still == []
 
 
-@pytest.mark.parametrize("network", list(recogniser.NETWORKS))
-def test_insightface_runs_the_recogniser(network: str, tmp_path: Path, models: Path) -> None:
-    made: list[recogniser.Recogniser] = []
-
-    def make() -> recogniser.Recogniser:
-        made.append(recogniser.Recogniser(replace(SMALL_FACES, network=network), DISCS, 0))
-        return made[0]
-
-    trained, losses = fit(make, tmp_path, steps=20, batch=8, warmup=0, ema=0.0)
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    (trained / "recogniser.onnx").rename(models / "buffalo_l" / "w600k_r50.onnx")
-    found, report = face_analyzer.load("buffalo_l", "cpu")
-    assert found.recogniser.input_mean == found.recogniser.input_std == 127.5 and "recogniser" in report
-    face = DISCS.face(2, 7)
-    with torch.no_grad():
-        expected = made[0].eval().network(recogniser.read([face]))[0]
-    seen = torch.from_numpy(found.recogniser.get_feat(face.flip(-1).contiguous().numpy()))[0]
-    assert seen.shape == (512,) and torch.allclose(seen, expected, atol=1e-3)
-
-
-def test_the_margin_is_arcfaces() -> None:
-    cosines = torch.tensor([[0.6, 0.2, -0.5]])
-    logits = 32 * torch.tensor([[math.cos(math.acos(0.6) + 0.4), 0.2, -0.5]])
-    expected = nn.functional.cross_entropy(logits, torch.tensor([0]))
-    assert recogniser.margin_loss(cosines, torch.tensor([0]), 32.0, 0.4).item() == pytest.approx(
-        expected.item(), rel=1e-4
-    )
-    backward = torch.tensor([[-0.999, 0.2]], requires_grad=True)
-    recogniser.margin_loss(backward, torch.tensor([0]), 32.0, 0.4).backward()
-    assert bool(backward.grad.isfinite().all())
-
-
-def test_the_checks_people_are_not_those_of_the_training() -> None:
-    asked: list[int] = []
-
-    class Listening(trainings.Discs):
-        def face(self, person: int, number: int) -> Tensor:
-            asked.append(person)
-            return super().face(person, number)
-
-    task = recogniser.Recogniser(SMALL_FACES, Listening(), 0).eval()
-    task.batch(chance(1), 20)
-    assert max(asked) < SMALL_FACES.people
-    asked.clear()
-    assert {"same", "other", "found", "faces"} == set(task.draw(chance(1)))
-    assert min(asked) >= SMALL_FACES.people
-
-
 def test_files_that_are_not_there_or_wrong_are_named(trained: Path, tmp_path: Path) -> None:
     other = trained / "vae" / "model" / vae.FILE
     for load, file in ((vae.load, tmp_path / "no"), (clip.load_text, other), (unet.load, other)):
@@ -344,61 +269,3 @@ def test_a_vocabulary_is_the_table_it_stands_for() -> None:
         vocabulary.whole({**tensors, vocabulary.TABLE: short.weight.detach()[:3]})
     with pytest.raises(ValueError, match="different numbers"):
         vocabulary.rows_of(torch.tensor([1, 1]))
-
-
-def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # which run.py asks for
-    folder = ROOT / "training" / "configs" / "eight_gpus"
-    _, about = tasks.settings("unet", folder / "unet.toml")
-    _, towers = tasks.settings("clip", folder / "clip.toml")
-    _, faces = tasks.settings("recogniser", folder / "recogniser.toml")
-    with torch.device("meta"):
-        net = unet.base_model(unet.config(about, towers.width)).diffusion_model.requires_grad_(True)
-        pair = clip.ClipPair(towers, DISCS, 0)
-        network = recogniser.build(faces)
-        face = step(network, torch.zeros(2, 3, 112, 112))
-        seen = step(pair.vision, torch.zeros(2, 3, 224, 224))[2]
-        noise = step(net, torch.zeros(2, 4, 64, 64), torch.zeros(2), context=torch.zeros(2, 77, 768))
-    assert seen.shape == (2, 768) and noise.shape == (2, 4, 64, 64)
-    names = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    assert names == published_sd15()
-    assert sum(value.numel() for value in pair.vision.parameters()) == 303966208  # CLIP ViT-L/14's, with its projection
-    assert face.shape == (2, 512)
-
-
-def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:
-    """What a module makes of this, once all its weights have had a gradient of it and a step."""
-    made = module(*given, **named)
-    (made if isinstance(made, Tensor) else made[2]).square().mean().backward()
-    assert all(value.grad is not None for value in module.parameters())
-    torch.optim.SGD(loop.groups(module, 0.01), lr=0.1).step()  # AdamW counts its steps, and there are no numbers here
-    return made
-
-
-def published_sd15() -> dict[str, tuple[int, ...]]:
-    """The shapes of SD1.5's UNet, by the host's own detection: it knows the model only by these."""
-    from comfyui_likeness.tools import standin_models
-
-    full = {**standin_models.SD15, "channel_mult": [1, 2, 4, 4]}
-    return standin_models.unet(full)
-
-
-def test_portrait_world_is_a_source(tmp_path: Path) -> None:
-    world = source.world()
-    picture = world.picture(8, 64)
-    assert picture.shape == (64, 64, 3) and picture.dtype == torch.uint8
-    assert torch.equal(picture, world.picture(8, 64)) and not torch.equal(picture, world.picture(9, 64))
-    assert world.face(1, 5).shape == (112, 112, 3)
-    captions = [world.caption(number) for number in range(64)]
-    words = {word.strip(",") for text in captions for word in text.split()}
-    assert words <= set(world.words)
-    assert sum("two" in text or "people" in text for text in captions) == 8
-    config = tmp_path / "vae.toml"
-    config.write_text(f'[run]\nfolder = "{tmp_path}/run"\nsteps = 1\nbatch = 1\nrate = 1e-3\n[task]\nside = 32\n')
-    done = subprocess.run(
-        [sys.executable, "-m", "training", "vae", "--config", str(config)], cwd=ROOT, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "run" / "model" / vae.FILE).is_file()
-    drawn = Image.open(tmp_path / "run" / "drawn" / "pictures-00000001.png")
-    assert drawn.size == (vae.SHOWN * 32, 2 * 32)

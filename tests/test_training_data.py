@@ -127,6 +127,8 @@ def test_splits_share_nobody():
     assert len(set.union(*names.values())) == 150
     looks = [{world.person(n, split) for n in range(50)} for split in people.SPLITS]
     assert len(set.union(*looks)) == 150
+    said = [tuple(WorldAlbum(split, 16).view(0, n).caption for n in range(8)) for split in people.SPLITS]
+    assert len(set(said)) == 3  # nor do they share scenes
 
 
 def photo(folder: Path, files: dict[str, bytes], name: str = "x.tar") -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,20 @@ class Discs:
         return [*COLOURS][number % 4], [*PLACES][number // 4 % 4]
 
 
+DISCS = Discs()
+
+
 def run(folder: Path, **changes: Any) -> Run:
     settings: dict[str, Any] = {"steps": 12, "batch": 8, "rate": 0.01, "warmup": 2, "log_every": 1, "draw_every": 5}
     return Run(folder=str(folder), **{**settings, "save_every": 4, **changes})
+
+
+def fit(make: Callable[[], Task], folder: Path, **changes: Any) -> tuple[Path, list[float]]:
+    """Some steps; the folder of the files, and the losses."""
+    from comfyui_likeness.training import loop
+
+    some = run(folder, **{"steps": 2, "draw_every": 100, "save_every": 100, "rate": 1e-3, **changes})
+    return loop.train(make, some, {}), list(values(folder).values())
 
 
 def values(folder: Path, name: str = "loss") -> dict[int, float]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Points = NDArray[np.floating]  # [n, 2], x and y
+Curve = Points | Sequence[tuple[float, float]]
 Colour = tuple[int, int, int]
 FINE = 4  # pixels drawn for each pixel of the picture, on each axis
 # Labels: nobody 0; person n, from 0, head 2 n + 1, face 2 n + 2, body BODY - n.
@@ -32,12 +33,16 @@ def _basis(per: int) -> Points:
 BASIS = _basis(6)
 
 
-def smooth(points: Points | Sequence[tuple[float, float]], closed: bool = True) -> Points:
-    """A Catmull-Rom curve through points, six for each of them."""
+def smooth(points: Curve) -> Points:
+    """A closed Catmull-Rom curve through points, six for each of them."""
     p = np.asarray(points, dtype=np.float64)
-    if closed:
-        knots = np.stack([np.roll(p, shift, axis=0) for shift in (1, 0, -1, -2)], axis=1)
-        return (BASIS @ knots).reshape(-1, 2)
+    knots = np.stack([np.roll(p, shift, axis=0) for shift in (1, 0, -1, -2)], axis=1)
+    return (BASIS @ knots).reshape(-1, 2)
+
+
+def bow(points: Curve) -> Points:
+    """The same from the first point to the last, open."""
+    p = np.asarray(points, dtype=np.float64)
     p = np.concatenate((p[:1], p, p[-1:]))
     knots = np.stack([p[:-3], p[1:-2], p[2:-1], p[3:]], axis=1)
     return np.concatenate(((BASIS @ knots).reshape(-1, 2), p[-1:]))
@@ -82,9 +87,12 @@ class Canvas:
         """A shape without an outline that lets through what is below it."""
         self._draw.polygon(points.ravel().tolist(), fill=(*self._put(colour), round(255 * opacity)))
 
-    def stroke(self, points: Points, colour: Colour, width: float) -> None:
-        """An open line in a colour as it is."""
-        self._draw.line(points.ravel().tolist(), fill=colour, width=max(1, round(width * self.fine / 128)))
+    def stroke(self, points: Points, colour: Colour, width: float, label: int | None = None) -> None:
+        """An open line in a colour as it is; it owns its pixels if it has a label."""
+        flat, pixels = points.ravel().tolist(), max(1, round(width * self.fine / 128))
+        self._draw.line(flat, fill=colour, width=pixels)
+        if label is not None:
+            self._label.line(flat, fill=label, width=pixels)
 
     def line(self, points: Points, colour: Colour, width: float) -> None:
         """An open line of a thing, which media with outlines draw in ink."""

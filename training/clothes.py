@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, mix, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, bow, mix, smooth
 from .head import Head
 
 COLOURS: dict[str, Colour] = {
@@ -75,6 +75,6 @@ def _put(canvas: Canvas, head: Head, piece: Piece, label: int) -> None:
     left = right[::-1] * (-1, 1)
     for points in (left, right) if piece.twice else (np.concatenate((left, right[right[:, 0] > 0])),):
         if piece.width:
-            canvas.line(head.body(smooth(points, closed=False)), hue, piece.width * head.figure.size)
+            canvas.line(head.body(bow(points)), hue, piece.width * head.figure.size)
         else:
             canvas.shape(head.body(points if piece.sharp else smooth(points)), hue, label)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 
 from . import world
 from .dice import Dice
+from .people import SPLITS
 
 PICTURES = 1 << 12  # of each drawn person, at most
 PEOPLE = 1 << 20  # of each split
@@ -37,7 +39,7 @@ class View(NamedTuple):
     caption: str
     kps: Tensor  # [5, 2], as a viewer sees them: left eye, right eye, nose, left and right corner of the mouth
     box: Tensor  # [4]: left, top, right, bottom of the face
-    mask: Tensor  # bool [H, W], the face without hair
+    mask: Tensor  # bool [H, W], the face without hair, with its beard
 
 
 class Clusters(NamedTuple):
@@ -87,7 +89,8 @@ class WorldAlbum:
         return min(self.each, PICTURES)
 
     def view(self, identity: int, picture: int) -> View:
-        scene = world.scene(identity * PICTURES + picture)
+        # No scene of one split is one of another's.
+        scene = world.scene((identity * PICTURES + picture) * len(SPLITS) + list(SPLITS).index(self.split))
         painted = world.paint([world.person(identity, self.split)], scene, self.side)
         whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
         image, kps, box, mask = (torch.from_numpy(value) for value in whole)
@@ -210,9 +213,10 @@ def write_shards(
     written = []
     for start in range(0, len(album), per_shard):
         path = folder / f"{start // per_shard:06d}.tar"
-        with tarfile.open(path, "w") as tar:
+        part = path.with_suffix(".part")
+        with tarfile.open(part, "w") as tar:
             for identity in range(start, min(start + per_shard, len(album))):
-                for number in range(pictures):
+                for number in range(min(pictures, album.pictures(identity))):
                     view = album.view(identity, number)
                     about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
                     stem = f"{album.name(identity)}/{number}"
@@ -220,6 +224,7 @@ def write_shards(
                     _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
                     _add(tar, f"{stem}.json", json.dumps(about).encode())
                     _add(tar, f"{stem}.{MASK_NAME}", mask)
+        os.replace(part, path)
         written.append(path)
     return written
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, Points, bow, mix, ring, smooth
 from .head import Head
+from .surface import Surface
 
 COLOURS: dict[str, Colour] = {
     "black": (38, 32, 36), "brown": (84, 56, 40), "chestnut": (134, 76, 44), "ginger": (198, 98, 40),
@@ -102,13 +103,13 @@ def before(canvas: Canvas, head: Head, label: int) -> None:
     if cut is None:
         return
     line = np.array(FRINGES[head.person.fringe]) * (head.half, 1)
-    edge = head.place(smooth(line, closed=False), 0.02)
+    edge = head.place(bow(line), 0.02)
     points = np.concatenate((head.rim(_over(head, cut)), edge[::-1]))
     if head.person.hair == "mohawk":
         canvas.shade(points, hue, 0.28)
         canvas.shape(head.rim(smooth(CREST)), hue, label)
         return
-    below = head.place(smooth(line * (0.97, 1) + (0, 0.09), closed=False))
+    below = head.place(bow(line * (0.97, 1) + (0, 0.09)))
     canvas.shade(np.concatenate((edge, below[::-1])), BLACK, 0.16)
     canvas.shape(points, hue, label)
     _strands(canvas, head, _over(head, cut), hue)
@@ -125,7 +126,7 @@ def _over(head: Head, cut: Cut) -> Points:
     ]
     left = [(-x + 2 * cut.lean * (y < -0.7), y) for x, y in reversed(right)]
     inner = (0.95 * half, cut.down + 0.03)
-    points = _wavy(smooth([*left, *right], closed=False), cut)
+    points = _wavy(bow([*left, *right]), cut)
     return np.concatenate(([(-inner[0], inner[1])], points, [inner]))
 
 
@@ -138,9 +139,10 @@ def _strands(canvas: Canvas, head: Head, over: Points, hue: Colour) -> None:
 
 # beard -> outer and inner edge on the viewer's right, from the middle outwards, and how dense; x in half widths of the
 # face, y from the mouth (0) to the chin (1)
+JAW = ((0.0, 1.00), (0.36, 0.92), (0.72, 0.52), (0.93, 0.0), (1.0, -0.75))
 CHIN = ((0.0, 1.24), (0.40, 1.14), (0.76, 0.62), (0.95, 0.0), (1.0, -0.75))
 BEARDS: dict[str, tuple[Edge, Edge, float]] = {
-    "stubble": (CHIN, ((0.0, -0.34), (0.36, -0.32), (0.66, -0.46), (0.98, -0.80)), 0.34),
+    "stubble": (JAW, ((0.0, -0.34), (0.36, -0.32), (0.66, -0.46), (0.98, -0.80)), 0.34),
     "full": (CHIN, ((0.0, -0.36), (0.34, -0.32), (0.62, -0.20), (0.86, -0.80)), 1.0),
     "chin curtain": (CHIN, ((0.0, 0.66), (0.36, 0.56), (0.72, 0.0), (0.88, -0.75)), 1.0),
     "goatee": (
@@ -156,16 +158,17 @@ BEARDS: dict[str, tuple[Edge, Edge, float]] = {
 }  # fmt: skip
 
 
-def beard(canvas: Canvas, head: Head, mouth: float) -> None:
-    """The beard, which the mouth lies on. `mouth`: its height in head units."""
+def beard(on: Surface, mouth: float, label: int) -> None:
+    """The beard, which the mouth lies on and which is of the face. `mouth`: its height."""
+    head = on.head
     if head.person.beard == "none":
         return
     outer, inner, opacity = BEARDS[head.person.beard]
-    half = head.half * (0.94 + 0.08 * head.person.jaw)
-    low, high = (np.array(edge) * (half, head.chin - mouth) + (0, mouth) for edge in (outer, inner))
-    low, high = (smooth(np.concatenate((edge[:0:-1] * (-1, 1), edge)), closed=False) for edge in (low, high))
+    scale = (head.half * (0.94 + 0.08 * head.person.jaw), head.chin - mouth)
+    low, high = (np.array(edge) * scale + (0, mouth) for edge in (outer, inner))
+    low, high = (bow(np.concatenate((edge[:0:-1] * (-1, 1), edge))) for edge in (low, high))
     points, hue = np.concatenate((low, high[::-1])), mix(colour(head), BLACK, 0.1)
     if opacity < 1:
-        canvas.shade(head.place(points), hue, opacity)
+        on.shade(points, hue, opacity)
     else:
-        canvas.shape(head.place(points, 0.02), hue, line=0.6)
+        on.shape(points, hue, 0.02, 0.6, label)

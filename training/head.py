@@ -6,13 +6,12 @@ Head units: 1 is half a face's height, x to the viewer's right, y down, the orig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .canvas import FINE, Points
+from .canvas import FINE, Curve, Points
 from .people import Person
 from .scenes import Figure
 
@@ -64,13 +63,13 @@ class Head:
         left = [(-x, y) for x, y in reversed(right)]
         return np.array([(0.0, TOP), *right, (0.0, chin), *left])
 
-    def place(self, points: Points | Sequence[tuple[float, float]], lift: float | Points = 0.0) -> Points:
+    def place(self, points: Curve, lift: float | Points = 0.0) -> Points:
         """Points on the face's surface, `lift` above it, as fine pixels of the picture: [n, 2]."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         round_ = 1 - 0.8 * (p[:, 0] / (self.half + 0.1)) ** 2 - 0.35 * (p[:, 1] / 1.1) ** 2
         return self.at(p, DEPTH * np.sqrt(np.maximum(round_, 0.03)) + lift)
 
-    def at(self, points: Points | Sequence[tuple[float, float]], depth: float | Points) -> Points:
+    def at(self, points: Curve, depth: float | Points) -> Points:
         """Points at a depth, above 0 towards the viewer, as fine pixels of the picture: [n, 2]."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         z = np.broadcast_to(np.asarray(depth, dtype=np.float64), len(p))
@@ -79,22 +78,22 @@ class Head:
         sin, cos = math.sin(self.figure.pitch), math.cos(self.figure.pitch)
         y, z = p[:, 1] * cos - z * sin, z * cos + p[:, 1] * sin
         near = 1 + NEARER * (z - DEPTH)
-        return self.flat(np.stack((x * near, y * near), axis=1))
+        return self._flat(np.stack((x * near, y * near), axis=1))
 
-    def rim(self, points: Points | Sequence[tuple[float, float]], depth: float = 0.0) -> Points:
+    def rim(self, points: Curve, depth: float = 0.0) -> Points:
         """Points of a silhouette: a round head turns without growing narrow; the chin, further out, swings along."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         swing = 0.46 * np.clip(p[:, 1], 0, 1.2) ** 1.4 + 0.10 + depth
         x = p[:, 0] * (1 - 0.35 * (1 - math.cos(self.figure.yaw))) + swing * math.sin(self.figure.yaw)
         y = p[:, 1] - swing * math.sin(self.figure.pitch)
-        return self.flat(np.stack((x, y), axis=1))
+        return self._flat(np.stack((x, y), axis=1))
 
-    def flat(self, points: Points) -> Points:
+    def _flat(self, points: Points) -> Points:
         """Points of the picture's plane, in head units, tilted with the head and put in the picture."""
         sin, cos = math.sin(self.figure.roll), math.cos(self.figure.roll)
         return points @ np.array([[cos, sin], [-sin, cos]]) * self.unit + (self.x, self.y)
 
-    def body(self, points: Points | Sequence[tuple[float, float]]) -> Points:
+    def body(self, points: Curve) -> Points:
         """Points of the body, which neither turns nor tilts, as fine pixels of the picture."""
         p = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         return p * self.unit + (self.x, self.y)

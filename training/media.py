@@ -110,7 +110,7 @@ def pencil(picture: Picture, sheet: Sheet) -> Picture:
     tone = (picture * (0.45 + 0.55 * sheet.light())) @ GREY
     rows, columns = np.mgrid[:side, :side]
     hatch = np.sin((rows + 0.7 * columns + 2.5 * sheet.noise(14, 0)[..., 0]) * (2 * np.pi / 3.7 * 128 / side))
-    dark = np.clip(1 - tone, 0, 1) ** 1.2 * np.where(sheet.owners > 0, 0.92, 0.55)
+    dark = np.clip(1 - tone, 0, 1) ** 1.2 * np.where(sheet.owners > 0, 0.86, 0.5)
     grain = sheet.noise(side, 1)[..., 0]
     drawn = 0.98 - dark * (0.95 + 0.17 * hatch * (1 - dark) + 0.16 * grain)
     return drawn[..., None] * np.array((1.0, 0.99, 0.965), dtype=np.float32)
@@ -130,5 +130,5 @@ STYLES: Mapping[str, Style] = {
     "line art": Style(Medium(paper=(253, 251, 246), keep=0.55, outline=0.8), 0, line_art),
     "watercolour": Style(Medium(paper=(252, 249, 240), keep=0.86), 0, watercolour),
     "bronze": Style(Medium(), 0.8, bronze),
-    "pencil": Style(Medium(paper=(250, 250, 250), keep=0.72, outline=0.55, ink=(54, 54, 60)), 0, pencil),
+    "pencil": Style(Medium(paper=(250, 250, 250), keep=0.66, outline=0.75, ink=(24, 24, 30)), 0, pencil),
 }

@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from . import clothes, face, hair, places
+from . import clothes, eyes, face, hair, places
 from .canvas import BODY, FINE, Canvas, smooth
+from .features import SKINS, features, key_points
 from .head import Head
 from .head import head as head_of
 from .media import STYLES, Sheet
 from .people import Person
 from .scenes import Scene
+from .surface import Surface
 
 FOREHEAD = -0.66  # where a detector's box begins, in head units
 
@@ -27,7 +29,7 @@ class Painted:
     image: NDArray[np.uint8]  # [side, side, 3], RGB
     kps: NDArray[np.float32]  # [people, 5, 2]: left eye, right eye, nose, corners of the mouth, as the viewer sees them
     box: NDArray[np.float32]  # [people, 4]: left, top, right, bottom of the face from the forehead to the chin
-    face: NDArray[np.bool_]  # [people, side, side]: without hair
+    face: NDArray[np.bool_]  # [people, side, side]: without hair, with its beard
     head: NDArray[np.bool_]  # [people, side, side]: with it
 
 
@@ -47,7 +49,7 @@ def paint(people: Sequence[Person], scene: Scene, side: int = 128) -> Painted:
     owners = np.asarray(canvas.labels)[FINE // 2 :: FINE, FINE // 2 :: FINE]
     drawn = np.asarray(canvas.image.reduce(FINE), dtype=np.float32) / 255
     finished = style.finish(drawn, Sheet(scene, heads, owners, scene.seed))
-    kps = np.stack([face.key_points(head) for head in heads])
+    kps = np.stack([key_points(head) for head in heads])
     boxes = np.stack([_box(head) for head in heads])
     numbers = 2 * np.arange(len(heads))[:, None, None] + 1
     return Painted(
@@ -67,15 +69,16 @@ def _box(head: Head) -> NDArray[np.floating]:
 
 def _figure(canvas: Canvas, head: Head, number: int) -> None:
     """One person, from what is furthest to what is nearest."""
-    skin, label, body = face.SKINS[head.person.skin], 2 * number + 1, BODY - number
+    skin, label, body = SKINS[head.person.skin], 2 * number + 1, BODY - number
+    on, where = Surface(canvas, head), features(head)
     clothes.body(canvas, head, body)
     hair.behind(canvas, head, label)
     clothes.neck(canvas, head, skin, body)
     face.ears(canvas, head, label)
     face.earrings(canvas, head, label)
     canvas.shape(head.rim(smooth(head.outline())), skin, label + 1)
-    hair.beard(canvas, head, face.measures(head).mouth)
-    face.draw(canvas, head)
-    face.mouth(canvas, head)
+    hair.beard(on, where.mouth, label + 1)
+    face.draw(on, where)
+    face.mouth(on, where)
     hair.before(canvas, head, label)
-    face.glasses(canvas, head)
+    eyes.glasses(on, where)

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .canvas import BLACK, WHITE, Canvas, Colour, Points, mix, ring, smooth
+from .canvas import BLACK, WHITE, Canvas, Colour, Curve, bow, mix, ring, smooth
 from .dice import Dice
 
 PLAINS: tuple[Colour, ...] = (
     (222, 206, 188), (186, 204, 214), (206, 214, 190), (226, 190, 182), (196, 190, 214), (236, 222, 172),
     (160, 176, 180),
 )  # fmt: skip
+LINE = 0.7  # how wide outlines are, relative to those of people
 SKY, DUSK = (158, 204, 232), (246, 196, 150)
 
 
@@ -22,29 +23,27 @@ class Backdrop:
     def __init__(self, canvas: Canvas, dice: Dice) -> None:
         self.canvas, self.dice = canvas, dice
 
-    def shape(self, points: Points | list[tuple[float, float]], colour: Colour) -> None:
-        self.canvas.shape(np.asarray(points, dtype=np.float64) * self.canvas.fine, colour, line=0.7)
+    def shape(self, points: Curve, colour: Colour, line: float = LINE) -> None:
+        self.canvas.shape(np.asarray(points, dtype=np.float64) * self.canvas.fine, colour, line=line)
 
     def fill(self, top: Colour, bottom: Colour, start: float = 0.0, end: float = 1.0, bands: int = 24) -> None:
         """From one colour to another, downwards."""
         for band in range(bands):
             y = start + (end - start) * band / bands
-            points = np.array([(0, y), (1, y), (1, end), (0, end)]) * self.canvas.fine
-            self.canvas.shape(points, mix(top, bottom, band / max(1, bands - 1)), line=0)
+            self.box(0, y, 1, end, mix(top, bottom, band / (bands - 1)), line=0)
 
-    def ridge(self, height: float, rough: float, colour: Colour, number: int = 6, sharp: bool = False) -> None:
+    def ridge(self, height: float, rough: float, colour: Colour, number: int = 6) -> None:
         """A ridge across the picture, filled to the lower edge."""
         dice = self.dice
         xs = [-0.05 + 1.1 * step / number for step in range(number + 1)]
         line = [(x, height + dice.between(-rough, rough)) for x in xs]
-        curve = np.array(line) if sharp else smooth(line, closed=False)
-        self.shape(np.concatenate((curve, [(1.05, 1.05), (-0.05, 1.05)])), colour)
+        self.shape(np.concatenate((bow(line), [(1.05, 1.05), (-0.05, 1.05)])), colour)
 
-    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour) -> None:
-        self.shape([(left, top), (right, top), (right, bottom), (left, bottom)], colour)
+    def box(self, left: float, top: float, right: float, bottom: float, colour: Colour, line: float = LINE) -> None:
+        self.shape([(left, top), (right, top), (right, bottom), (left, bottom)], colour, line)
 
-    def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        self.shape(ring(x, y, radius, radius), colour)
+    def disc(self, x: float, y: float, radius: float, colour: Colour, line: float = LINE) -> None:
+        self.shape(ring(x, y, radius, radius), colour, line)
 
 
 def _plain(b: Backdrop) -> None:
@@ -77,14 +76,7 @@ def _city(b: Backdrop) -> None:
                 for column in range(3):
                     left, y = x + wide * (0.14 + 0.28 * column), top + 0.04 + 0.085 * row
                     lit = (252, 228, 150) if b.dice.below(3) else (84, 94, 118)
-                    b.canvas.shape(
-                        np.array(
-                            [(left, y), (left + wide * 0.17, y), (left + wide * 0.17, y + 0.045), (left, y + 0.045)]
-                        )
-                        * b.canvas.fine,
-                        lit,
-                        line=0,
-                    )
+                    b.box(left, y, left + wide * 0.17, y + 0.045, lit, line=0)
             x += wide + b.dice.between(0.0, 0.03)
 
 
@@ -107,7 +99,7 @@ def _snow(b: Backdrop) -> None:
     b.ridge(0.64, 0.05, (226, 234, 244))
     b.ridge(0.78, 0.04, (246, 249, 252))
     for _ in range(34):
-        b.canvas.shape(ring(b.dice.between(0, 1), b.dice.between(0, 1), 0.007, 0.007, 8) * b.canvas.fine, WHITE, line=0)
+        b.disc(b.dice.between(0, 1), b.dice.between(0, 1), 0.007, WHITE, line=0)
 
 
 def _room(b: Backdrop) -> None:
@@ -151,7 +143,7 @@ def _meadow(b: Backdrop) -> None:
     for _ in range(26):
         x, y = b.dice.between(0, 1), b.dice.between(0.66, 1.0)
         hue = b.dice.pick(((240, 96, 92), (250, 220, 90), (250, 250, 250), (206, 130, 210)))
-        b.canvas.shape(ring(x, y, 0.013, 0.013, 10) * b.canvas.fine, hue, line=0)
+        b.disc(x, y, 0.013, hue, line=0)
 
 
 def _desert(b: Backdrop) -> None:
@@ -172,9 +164,7 @@ def _night(b: Backdrop) -> None:
     b.fill((20, 26, 62), (66, 66, 116))
     for _ in range(30):
         size = b.dice.between(0.003, 0.009)
-        b.canvas.shape(
-            ring(b.dice.between(0, 1), b.dice.between(0, 0.75), size, size, 8) * b.canvas.fine, (252, 246, 214), line=0
-        )
+        b.disc(b.dice.between(0, 1), b.dice.between(0, 0.75), size, (252, 246, 214), line=0)
     x, y = b.dice.between(0.1, 0.9), b.dice.between(0.1, 0.22)
     b.disc(x, y, 0.085, (250, 240, 200))
     for dx, dy, radius in ((-0.03, -0.02, 0.018), (0.03, 0.015, 0.022), (-0.01, 0.04, 0.012)):

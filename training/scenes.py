@@ -45,7 +45,7 @@ SIZES: Mapping[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "wide": ((0.13, 0.16), (0.12, 0.14)),
 }
 HEIGHTS: Mapping[str, tuple[float, float]] = {"close": (0.47, 0.53), "bust": (0.40, 0.48), "wide": (0.40, 0.52)}
-# The middle of each head, in sides of the picture, and how far it may stray in heads.
+# The middle of each head, in sides of the picture, and how far it may stray, in halves of its height.
 MIDDLES: Mapping[int, tuple[float, ...]] = {1: (0.5,), 2: (0.27, 0.73)}
 STRAY = {"close": 0.12, "bust": 0.4, "wide": 1.2}
 YAW, PITCH, ROLL = 0.6, 0.2, 0.22  # radians, at most
@@ -55,7 +55,7 @@ YAW, PITCH, ROLL = 0.6, 0.2, 0.22  # radians, at most
 class Figure:
     """How one person stands in a picture; lengths in its sides, angles in radians as the viewer sees them.
 
-    Yaw above 0 looks to the right, pitch above 0 up, roll above 0 leans the head clockwise.
+    Above 0 yaw looks to the right, pitch up, and roll leans the head clockwise; gaze, -1 to 1, looks to the right.
     """
 
     x: float

@@ -76,7 +76,8 @@ class ClipPair(Task):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         scale = self.text.logit_scale.clamp(max=LARGEST_SCALE).exp()
         texts, seen = self._features(batch)
-        return {"contrastive": self._contrast()(seen, texts, scale)}
+        with torch.autocast(seen.device.type, enabled=False):
+            return {"contrastive": self._contrast()(seen, texts, scale)}
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """How often the likest caption, and the likest picture, of some is the right one."""
@@ -106,7 +107,7 @@ class ClipPair(Task):
         device = self.vision.visual_projection.weight.device
         texts = self.text(batch["tokens"])[1]
         seen = self.vision(batch["pictures"].to(device))[2]
-        return normalize(texts, dim=-1), normalize(seen, dim=-1)
+        return normalize(texts.float(), dim=-1), normalize(seen.float(), dim=-1)
 
     def _contrast(self) -> nn.Module:
         if self.contrast is None:

@@ -122,7 +122,9 @@ class Recogniser(Task):
         return {"faces": self._faces(people, chance), "people": torch.tensor(people)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        cosines = linear(normalize(self.network(batch["faces"])), normalize(self.people))
+        vectors = self.network(batch["faces"]).float()
+        with torch.autocast(vectors.device.type, enabled=False):  # small angles need every digit of their cosines
+            cosines = linear(normalize(vectors), normalize(self.people))
         return {"arcface": margin_loss(cosines, batch["people"], self.settings.scale, self.settings.margin)}
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
@@ -160,7 +162,7 @@ def read(faces: list[Tensor]) -> Tensor:
 
 def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) -> Tensor:
     """Eq. 3: the angle to the right person [n, people] counts as larger by `margin` (radians)."""
-    angles = cosines.float().clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    angles = cosines.clamp(-1 + 1e-6, 1 - 1e-6).acos()
     added = angles + margin * one_hot(people, cosines.shape[1])
     # Beyond pi a larger angle would be a nearer one.
     return cross_entropy(scale * added.clamp(max=math.pi).cos(), people)

@@ -62,9 +62,9 @@ class Vae(Task):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         asked = batch["pictures"]
-        latents = self.vae.encode(asked * 2 - 1)
+        latents = self.vae.encode(asked * 2 - 1).float()
         spread = self.settings.noise / self.vae.vae_scale
-        made = self.vae.decode(latents + batch["noise"] * spread) / 2 + 0.5
+        made = self.vae.decode(latents + batch["noise"] * spread).float() / 2 + 0.5
         return {
             "pixels": l1_loss(made, asked),
             "edges": self.settings.edges * edges(made, asked),
