@@ -208,7 +208,7 @@ def test_first_weights_are_defined_and_silent_ones_zero() -> None:
     for value in module.parameters():
         nn.init.constant_(value, float("nan"))
     start(module, 1, silent=("2.weight",))
-    assert float(module[0].weight.std()) == pytest.approx(27**-0.5, rel=0.1)
+    assert module[0].weight.std().item() == pytest.approx(27**-0.5, rel=0.1)
     assert bool((module[1].weight == 1).all()) and not module[2].weight.any() and not module[0].bias.any()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfyui_likeness.training import loop
 from comfyui_likeness.training.config import Run
 from comfyui_likeness.training.task import Batch, Task
 from safetensors.torch import save_file
@@ -85,8 +86,6 @@ def run(folder: Path, **changes: Any) -> Run:
 
 def fit(make: Callable[[], Task], folder: Path, **changes: Any) -> tuple[Path, list[float]]:
     """Some steps; the folder of the files, and the losses."""
-    from comfyui_likeness.training import loop
-
     some = run(folder, **{"steps": 2, "draw_every": 100, "save_every": 100, "rate": 1e-3, **changes})
     return loop.train(make, some, {}), list(values(folder).values())
 
@@ -103,6 +102,4 @@ def values(folder: Path, name: str = "loss") -> dict[int, float]:
 
 
 if __name__ == "__main__":
-    from comfyui_likeness.training import loop
-
     loop.train(Slow, run(Path(sys.argv[1]), steps=int(sys.argv[2])), {})
