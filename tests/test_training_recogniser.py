@@ -37,7 +37,9 @@ def test_insightface_runs_the_recogniser(network: str, tmp_path: Path, models: P
     with torch.no_grad():
         expected = made[0].eval().network(recogniser.read([face]))[0]
     seen = torch.from_numpy(found.recogniser.get_feat(face.flip(-1).contiguous().numpy()))[0]
-    assert seen.shape == (512,) and torch.allclose(seen, expected, atol=1e-3)
+    assert seen.shape == (512,) and (seen - expected).norm() < 0.01 * expected.norm()
+    weights = sum(value.numel() for value in made[0].network.parameters())
+    assert Path(found.recogniser.model_file).stat().st_size < 2.2 * weights + 20000
 
 
 def test_the_margin_is_arcfaces() -> None:

@@ -25,7 +25,6 @@ from ..task import Batch, Task, start
 from .source import Source, captions, pictures
 
 TEXT, VISION = "text.safetensors", "vision.safetensors"
-SILENT = ("out_proj.weight", "fc2.weight")
 FIRST_SCALE, LARGEST_SCALE = 2.6593, 4.6052  # logarithms of 1 / 0.07 and of 100, as published
 TRIED = 64  # captions of the check
 ALWAYS = ", ."  # tokens that any prompt may have

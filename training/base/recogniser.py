@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 
 from ...likeness import own_file
 from ..task import Batch, Task
-from .source import Source, some
-from .vae import sheet
+from .source import Source, sheet, some
 
 SIDE, VECTOR = 112, 512
 INPUT, OUTPUT = "input.1", "vector"
@@ -169,7 +168,7 @@ def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) ->
 
 
 def export(network: nn.Module, path: Path, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-    """Write a network as insightface's recogniser loader reads it."""
+    """Write a network as insightface's recogniser loader reads it, its weights in half precision."""
     import onnx
 
     device = next(network.parameters()).device
@@ -179,7 +178,23 @@ def export(network: nn.Module, path: Path, settings: Mapping[str, Any], notes: M
         output_names=[OUTPUT], dynamic_axes={INPUT: {0: "n"}, OUTPUT: {0: "n"}},
     )  # fmt: skip
     model = onnx.load(str(path))
+    halve(model.graph)
     told = own_file.metadata("recogniser", "faces", notes, settings=dict(settings))
     onnx.helper.set_model_props(model, told)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+def halve(graph: Any) -> None:
+    """Store an ONNX graph's weights as float16, cast back where they are read: half the file, the same sums."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for held in graph.initializer:
+        if held.data_type == TensorProto.FLOAT:
+            name, half = held.name, f"{held.name}.half"
+            held.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(held).astype("float16"), half))
+            casts.append(helper.make_node("Cast", [half], [name], name=f"cast {name}", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -51,6 +51,11 @@ def pictures(source: Source, numbers: Sequence[int], side: int) -> Tensor:
     return torch.stack([source.picture(number, side) for number in numbers]).movedim(-1, 1).float() / 255
 
 
+def sheet(*rows: Tensor) -> Tensor:
+    """Rows of pictures [n, 3, H, W], one below the other: [rows H, n W, 3]."""
+    return torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).movedim(0, -1)
+
+
 def world() -> Source:
     """Portrait World's people for training."""
     from .portraits import World  # which needs Pillow

@@ -25,7 +25,7 @@ from torch.nn.functional import mse_loss
 from ...likeness import own_file
 from ..task import Batch, Task, start
 from . import clip, latents, vae
-from .source import PICTURES, Source, captions, pictures, some
+from .source import PICTURES, Source, captions, pictures, sheet, some
 
 FILE = "unet.safetensors"
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
@@ -117,7 +117,7 @@ class TextToImage(Task):
             held, noise, positive=with_text, negative=without, latent_image=torch.zeros_like(noise),
             disable_pbar=True, seed=0, **SAMPLING,
         )  # fmt: skip
-        return {"pictures": vae.sheet(latents.decode(self.frozen.autoencoder, made.to(device)))}
+        return {"pictures": sheet(latents.decode(self.frozen.autoencoder, made.to(device)))}
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         weights = self.model.diffusion_model.state_dict()

@@ -19,7 +19,8 @@ from torch.nn.functional import avg_pool2d, l1_loss
 
 from ...likeness import own_file
 from ..task import Batch, Task, start
-from .source import Source, pictures, some
+from .latents import decode, encode
+from .source import Source, pictures, sheet, some
 
 FILE = "vae.safetensors"
 SHOWN = 6
@@ -62,7 +63,7 @@ class Vae(Task):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         asked = batch["pictures"]
-        latents = self.vae.encode(asked * 2 - 1).float()
+        latents = encode(self.vae, asked).float()
         spread = self.settings.noise / self.vae.vae_scale
         made = self.vae.decode(latents + batch["noise"] * spread).float() / 2 + 0.5
         return {
@@ -74,7 +75,7 @@ class Vae(Task):
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Pictures above what becomes of them, and the signal-to-noise ratio in decibels."""
         asked = self.batch(chance, SHOWN)["pictures"].to(self.vae.vae_scale.device)
-        made = (self.vae.decode(self.vae.encode(asked * 2 - 1)) / 2 + 0.5).clamp(0, 1)
+        made = decode(self.vae, encode(self.vae, asked))
         return {"pictures": sheet(asked, made), "psnr": -10 * (made - asked).square().mean().log10()}
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
@@ -107,8 +108,3 @@ def moments(latents: Tensor) -> Tensor:
     """The Kullback-Leibler divergence of each channel's mean and variance over the batch from a normal's, averaged."""
     mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
     return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
-
-
-def sheet(*rows: Tensor) -> Tensor:
-    """Rows of pictures [n, 3, H, W], one below the other: [rows H, n W, 3]."""
-    return torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).movedim(0, -1)
