@@ -164,6 +164,8 @@ def test_captions_of_a_batch_differ() -> None:
     found = source.captions(DISCS, chance(4), 12)
     assert len(found) == 12 and all(DISCS.caption(number) == text for text, number in found.items())
     assert len(source.captions(DISCS, chance(4), 50)) == 16  # there are no more
+    with pytest.raises(ValueError, match="got 16 different captions; expected 17; take a smaller batch"):
+        clip.ClipPair(SMALL_CLIP, DISCS, 0).batch(chance(4), 17)
 
 
 def test_the_host_samples_the_unet(trained: Path) -> None:

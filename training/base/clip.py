@@ -67,6 +67,15 @@ class ClipPair(Task):
         self.contrast: nn.Module | None = None
 
     def batch(self, chance: Generator, size: int) -> Batch:
+        """Pairs of which no two have the same caption. Raises ValueError where there are not so many captions."""
+        pairs = self._pairs(chance, size)
+        if len(pairs["tokens"]) < size:
+            raise ValueError(
+                f"got {len(pairs['tokens'])} different captions; expected {size}; take a smaller batch in [run]"
+            )
+        return pairs
+
+    def _pairs(self, chance: Generator, size: int) -> Batch:
         found = captions(self.source, chance, size)
         tokens = tokenize(self.tokenizer, list(found))
         forgotten = torch.rand(len(tokens), len(tokens[0]), generator=chance) < self.settings.forget
@@ -80,7 +89,7 @@ class ClipPair(Task):
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """How often the likest caption, and the likest picture, of some is the right one."""
-        texts, seen = self._features(self.batch(chance, TRIED))
+        texts, seen = self._features(self._pairs(chance, TRIED))
         cosines = seen @ texts.T
         right = torch.arange(len(cosines), device=cosines.device)
         return {
