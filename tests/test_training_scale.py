@@ -10,8 +10,9 @@ from typing import Any
 import comfy.ldm.modules.attention as attention
 import pytest
 import torch
+from comfyui_likeness.likeness import faces
 from comfyui_likeness.tools import standin_models
-from comfyui_likeness.training import loop, tasks
+from comfyui_likeness.training import data, loop, tasks
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
 from PIL import Image
 from torch import Tensor, nn
@@ -67,8 +68,24 @@ def published_sd15() -> dict[str, tuple[int, ...]]:
     return standin_models.unet(full)
 
 
+def test_shards_are_a_source(tmp_path: Path) -> None:
+    album = data.WorldAlbum("train", 64, people=3)
+    data.write_shards(album, tmp_path, pictures=2, lossless=True)
+    shards = source.find(str(tmp_path))
+    for number, (person, picture) in enumerate([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0)]):
+        view = album.view(person, picture)
+        assert torch.equal(shards.picture(number, 64), view.picture) and shards.caption(number) == view.caption
+    assert shards.picture(0, 32).shape == (32, 32, 3)
+    large = data.fit(album.view(1, 1), 512)
+    crop = faces.pixels(faces.align(large.picture.double() / 255, large.kps, 112))
+    assert torch.equal(shards.face(4, 1), crop) and not torch.equal(shards.face(4, 0), crop)
+    assert list(clip.tokens_of(clip.SDTokenizer(), shards.words)) == list(range(49408))
+    with pytest.raises(ValueError, match="0 shards"):
+        source.find(str(tmp_path / "none"))
+
+
 def test_portrait_world_is_a_source(tmp_path: Path) -> None:
-    world = source.world()
+    world = source.find("world")
     picture = world.picture(8, 64)
     assert picture.shape == (64, 64, 3) and picture.dtype == torch.uint8
     assert torch.equal(picture, world.picture(8, 64)) and not torch.equal(picture, world.picture(9, 64))

@@ -21,6 +21,7 @@ Settings = TypeVar("Settings")
 class Run:
     """How to train, whatever it is. `batch` and `workers` are per process, `rate` is the highest learning rate.
 
+    `data` is `world`, or a folder of WebDataset shards (see data.ShardAlbum).
     The rate rises over `warmup` steps and falls as a cosine to a hundredth. `clip` bounds the gradient's norm.
     """
 
@@ -34,6 +35,7 @@ class Run:
     ema: float = 0.999
     seed: int = 0
     precision: str = "no"
+    data: str = "world"
     workers: int = 0
     log_every: int = 20
     draw_every: int = 1000

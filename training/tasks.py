@@ -9,7 +9,7 @@ from typing import Any
 
 from . import loop
 from .base import clip, recogniser, unet, vae
-from .base.source import Source, world
+from .base.source import Source, find
 from .config import Run, read, tables
 from .task import Task
 
@@ -30,8 +30,8 @@ def settings(what: str, file: Path) -> tuple[Run, Any]:
     return read(Run, told["run"], "run"), read(TASKS[what][0], told["task"], "task")
 
 
-def train(what: str, file: Path, folder: str | None = None, source: Callable[[], Source] = world) -> Path:
+def train(what: str, file: Path, folder: str | None = None) -> Path:
     """Train what a config file says, in `folder` where it is given; the folder of the files that it makes."""
     run, about = settings(what, file)
     run = run if folder is None else replace(run, folder=folder)
-    return loop.train(lambda: TASKS[what][1](about, source(), run.seed), run, asdict(about))
+    return loop.train(lambda: TASKS[what][1](about, find(run.data), run.seed), run, asdict(about))

@@ -170,8 +170,10 @@ def load_text(file: Path) -> Any:
     return text.eval().requires_grad_(False)
 
 
-def tokens_of(tokenizer: SDTokenizer, words: Sequence[str]) -> list[int]:
-    """The tokens that captions of these words consist of."""
+def tokens_of(tokenizer: SDTokenizer, words: Sequence[str] | None) -> Sequence[int]:
+    """The tokens that captions of these words consist of; all of them for any words."""
+    if words is None:
+        return range(vocabulary.TOKENS)
     return sorted({token for row in tokenize(tokenizer, [*words, ALWAYS]) for token in row})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,14 +11,15 @@ from torch import Generator, Tensor
 
 # More than any run reads; what a number shows never changes.
 PICTURES = 1 << 40
+WORLD = "world"
 
 
 class Source(Protocol):
     """Everything is a function of its numbers, the same on any machine."""
 
     @property
-    def words(self) -> Sequence[str]:
-        """Every word of the captions."""
+    def words(self) -> Sequence[str] | None:
+        """Every word of the captions, or None where they may hold any."""
         ...
 
     def caption(self, number: int) -> str: ...
@@ -56,8 +58,8 @@ def sheet(*rows: Tensor) -> Tensor:
     return torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).movedim(0, -1)
 
 
-def world() -> Source:
-    """Portrait World's people for training."""
-    from .portraits import World  # which needs Pillow
+def find(data: str) -> Source:
+    """The source of a config's `data`. Raises ValueError where there are no shards."""
+    from . import portraits  # which needs Pillow
 
-    return World("train")
+    return portraits.World("train") if data == WORLD else portraits.Shards(Path(data))
