@@ -25,7 +25,7 @@ from models import SAMPLING
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trainings import DISCS, fit
+from trainings import DISCS, Discs, fit
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,6 +223,13 @@ def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypa
     again = unet.TextToImage(settings, DISCS, 0).frozen.pool
     assert again is not None and torch.equal(again, pool)
     assert piece.is_file() and first.stat().st_mtime_ns == stamps[0]
+
+    class Darker(Discs):
+        def picture(self, number: int, side: int) -> Tensor:
+            return super().picture(number, side) // 2
+
+    darker = unet.TextToImage(settings, Darker(), 0).frozen.pool
+    assert darker is not None and not torch.equal(darker, pool)
 
 
 def test_captions_are_dropped(trained: Path) -> None:

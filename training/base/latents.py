@@ -30,9 +30,11 @@ def decode(autoencoder: TAESD, latents: Tensor) -> Tensor:
 def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -> Tensor:
     """The latents of a source's first `count` pictures, float16 [count, 4, side / 8, side / 8].
 
-    They are kept beside the VAE's file, under its hash, in pieces: what was made before an interruption is there.
+    They are kept beside the VAE's file in pieces, under a hash of it and of the first picture, which tells one source
+    from another: what was made before an interruption is there.
     """
-    digest = hashlib.sha256(vae.read_bytes()).hexdigest()[:8]
+    first_picture = source.picture(0, side).contiguous().numpy().tobytes()
+    digest = hashlib.sha256(vae.read_bytes() + first_picture).hexdigest()[:8]
     folder = vae.parent / f"latents-{digest}-{side}"
     folder.mkdir(exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
