@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-OWN = ("likeness", "nodes", "tools", "benchmarks")
+OWN = ("likeness", "nodes", "training", "tools", "benchmarks")
 # Started from the repository's root by `python -m`, where `tools` is nobody else's name.
-LAUNCHERS = {"benchmarks.__main__", "tools.convert_adaface"}
+LAUNCHERS = {"benchmarks.__main__", "tools.convert_adaface", "training.__main__"}
 TREES = (*OWN, "tests")
 LIKENESS_MAY = {*sys.stdlib_module_names, "torch", "safetensors"}
 # What a stage under nodes/ may use besides likeness/ and its own folder.
@@ -91,7 +91,7 @@ def allowed(source: str, target: str) -> bool:
         if there == "likeness" or here == there:
             return True
         return here != "nodes.types" and source != FILES and target in SHARED
-    return here == there
+    return here == there or (here, there) == ("training", "likeness")
 
 
 def direction(modules: dict[str, Module]) -> Iterator[str]:

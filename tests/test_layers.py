@@ -31,6 +31,7 @@ GOOD = {
     "    @classmethod\n    def define_schema(cls) -> None:\n" + "        pass\n" * 80,
     "tools/host.py": "import subprocess\nfrom . import server\n",
     "tools/server.py": "",
+    "training/world.py": "import comfy.sd\nfrom ..likeness import faces\n",
     "tests/test_x.py": "import folder_paths\nfrom comfyui_likeness.likeness import faces\n\n\ndef test(a, b): ...\n",
 }
 
@@ -44,6 +45,8 @@ BREAKS = [
     ("direction", "nodes/loaders/files.py", "from .. import types\n"),
     ("direction", "__init__.py", "from .likeness import spec\n"),
     ("direction", "tools/host.py", "from ..likeness import spec\n"),
+    ("direction", "training/world.py", "from ..nodes import types\n"),
+    ("direction", "likeness/faces.py", "from ..training import world\n"),
     ("circles", "likeness/spec.py", "from .faces import align\n"),
     ("circles", "likeness/spec.py", "def f() -> None:\n    from . import faces\n"),
     ("circles", "nodes/attention/patch.py", "from . import decoupled\n"),

@@ -58,7 +58,8 @@ HEADLESS = ("opencv-python-headless",)
 OVERRIDES = 'opencv-python; python_version < "3"\n'
 
 RUNTIME_MODULES = ("insightface", "open_clip", "safetensors", "onnxruntime")
-TEST_MODULES = (*RUNTIME_MODULES, "pytest", "pytest_cov", "onnx", "skimage", "playwright", "ruff", "pyright")
+TEST_MODULES = (*RUNTIME_MODULES, "pytest", "pytest_cov", "onnx", "skimage", "playwright", "webdataset")
+TEST_MODULES += ("ruff", "pyright", "accelerate", "tensorboard")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 

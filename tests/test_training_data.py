@@ -1,0 +1,189 @@
+"""Clusters of pictures by identity: the world and shards give the same, in an order that workers and restarts keep."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from comfyui_likeness.training import people, world
+from comfyui_likeness.training.data import ClusterBatches, Clusters, Plan, ShardAlbum, View, WorldAlbum, write_shards
+from PIL import Image
+from torch.utils.data import DataLoader
+
+SIDE, MANY = 48, 9
+ALBUM = WorldAlbum("validation", SIDE, MANY, 12)
+PLAN = Plan(batch=2, least=2, most=4, seed=5)
+
+
+def same(one: View | Clusters, other: View | Clusters) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else list(a) == list(b) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_shards(ALBUM, tmp_path_factory.mktemp("shards"), pictures=12, per_shard=4, lossless=True)
+
+
+def test_shards_give_back_what_was_drawn(shards):
+    album = ShardAlbum(shards, SIDE)
+    assert len(shards) == 3 and len(album) == MANY
+    for identity in range(MANY):
+        assert album.name(identity) == ALBUM.name(identity) and album.pictures(identity) == 12
+        assert all(same(album.view(identity, n), ALBUM.view(identity, n)) for n in range(12))
+    view = album.view(2, 11)
+    assert view.picture.shape == (SIDE, SIDE, 3) and view.picture.dtype == torch.uint8
+    assert view.kps.shape == (5, 2) and view.box.shape == (4,) and view.mask.dtype == torch.bool
+
+
+def test_the_same_clusters_from_both(shards):
+    drawn = ClusterBatches(ALBUM, PLAN, 6)
+    stored = ClusterBatches(ShardAlbum(shards, SIDE), PLAN, 6)
+    assert all(same(drawn[step], stored[step]) for step in range(6))
+
+
+def test_webdataset_reads_the_shards(shards):
+    import webdataset
+
+    found = list(webdataset.WebDataset([str(path) for path in shards], shardshuffle=False))
+    assert [sample["__key__"] for sample in found[:12]] == [f"{ALBUM.name(0)}/{n}" for n in range(12)]
+    assert len(found) == MANY * 12
+    picture = np.asarray(Image.open(io.BytesIO(found[1]["png"])))
+    assert np.array_equal(picture, ALBUM.view(0, 1).picture) and "mask.png" in found[1]
+    assert json.loads(found[1]["json"])["caption"] == ALBUM.view(0, 1).caption
+
+
+def test_jpegs_are_close(tmp_path):
+    album = WorldAlbum("test", SIDE, 2)
+    stored = ShardAlbum(write_shards(album, tmp_path, 3), SIDE)
+    for number in range(3):
+        one, other = album.view(1, number), stored.view(1, number)
+        assert (one.picture.float() - other.picture.float()).abs().mean() < 4
+        assert same(one._replace(picture=other.picture), other)
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path, shards):
+    again = write_shards(ALBUM, tmp_path, pictures=12, per_shard=4, lossless=True)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in shards]
+
+
+def test_a_cluster_is_one_persons_pictures():
+    batch = ClusterBatches(ALBUM, PLAN, 3)[1]
+    count = batch.pictures.shape[1]
+    assert batch.pictures.shape == (2, count, SIDE, SIDE, 3) and batch.kps.shape == (2, count, 5, 2)
+    assert batch.boxes.shape == (2, count, 4) and batch.masks.shape == (2, count, SIDE, SIDE)
+    assert [len(row) for row in batch.captions] == [count, count] and len(set(batch.identities)) == 2
+    for name, row in zip(batch.identities, batch.pictures, strict=True):
+        found = {picture.numpy().tobytes() for picture in row}
+        everyone = {ALBUM.name(identity): pictures_of(identity) for identity in range(MANY)}
+        assert len(found) == count
+        assert {other for other, theirs in everyone.items() if found & theirs} == {name} and found <= everyone[name]
+
+
+def pictures_of(identity: int) -> set[bytes]:
+    return {ALBUM.view(identity, n).picture.numpy().tobytes() for n in range(ALBUM.each)}
+
+
+def test_sizes_differ_from_step_to_step():
+    sizes = {len(ClusterBatches(ALBUM, PLAN, 40)[step].captions[0]) for step in range(0, 40, 2)}
+    assert sizes == {2, 3, 4}
+
+
+def test_nobody_twice_before_everyones_turn():
+    """Nine people in steps of two on two processes: four to a step, an epoch ends within a step."""
+    plans = [replace(PLAN, processes=2, process=process) for process in range(2)]
+    batches = [ClusterBatches(ALBUM, plan, 9) for plan in plans]
+    seen = [name for step in range(9) for one in batches for name in one[step].identities]
+    everyone = {ALBUM.name(identity) for identity in range(MANY)}
+    epochs = [seen[start : start + MANY] for start in range(0, 36, MANY)]
+    assert all(set(epoch) == everyone for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(len(batches[0][step].captions[0]) == len(batches[1][step].captions[0]) for step in range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_where_it_was_broken_off(workers, shards):
+    batches = ClusterBatches(ShardAlbum(shards, SIDE), PLAN, 6)
+    whole = [batches[step] for step in range(6)]
+    rest = list(DataLoader(batches, batch_size=None, sampler=range(3, 6), num_workers=workers))
+    assert len(rest) == 3
+    assert all(same(one, Clusters(*other)) for one, other in zip(whole[3:], rest, strict=True))
+    assert not torch.equal(whole[0].kps[:, 0], whole[1].kps[:, 0])
+
+
+def test_another_seed_is_another_order():
+    steps = range(4)
+    one, other = (ClusterBatches(ALBUM, replace(PLAN, seed=seed), 4) for seed in (1, 2))
+    assert [one[step].identities for step in steps] != [other[step].identities for step in steps]
+
+
+def test_splits_share_nobody():
+    names = {split: {WorldAlbum(split, people=50).name(n) for n in range(50)} for split in people.SPLITS}
+    assert len(set.union(*names.values())) == 150
+    looks = [{world.person(n, split) for n in range(50)} for split in people.SPLITS]
+    assert len(set.union(*looks)) == 150
+    said = [tuple(WorldAlbum(split, 16).view(0, n).caption for n in range(8)) for split in people.SPLITS]
+    assert len(set(said)) == 3  # nor do they share scenes
+
+
+def photo(folder: Path, files: dict[str, bytes], name: str = "x.tar") -> Path:
+    with tarfile.open(folder / name, "w") as tar:
+        for file, content in files.items():
+            about = tarfile.TarInfo(file)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return folder / name
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "jpeg", quality=98, subsampling=0)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (200, 120), (96, 96)])
+def test_photos_of_any_size_are_cut_around_the_face(tmp_path, height, width):
+    """White spots on the key points of a face in the corner are still on them afterwards; a box stands for a mask."""
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    right, low = width - 40, height - 40
+    kps = [(right, low), (right + 20, low), (right + 10, low + 10), (right + 2, low + 20), (right + 18, low + 20)]
+    for x, y in kps:
+        picture[y - 2 : y + 3, x - 2 : x + 3] = 255
+    about = {"caption": "a person", "kps": kps, "box": [right - 6, low - 10, right + 26, low + 28]}
+    shard = photo(tmp_path, {"eve/3.jpg": jpeg(picture), "eve/3.json": json.dumps(about).encode()})
+    album = ShardAlbum([shard], 64)
+    view = album.view(0, 0)
+    assert album.name(0) == "eve" and view.picture.shape == (64, 64, 3) and view.caption == "a person"
+    grey = view.picture.float().mean(-1)
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    for at_x, at_y in view.kps.tolist():
+        near = ((x - at_x).abs() < 3) & ((y - at_y).abs() < 3)
+        weight = grey * near
+        assert float((weight * x).sum() / weight.sum()) == pytest.approx(at_x, abs=0.35)
+        assert float((weight * y).sum() / weight.sum()) == pytest.approx(at_y, abs=0.35)
+    rows, columns = torch.nonzero(view.mask, as_tuple=True)
+    edges = torch.stack((columns.min(), rows.min(), columns.max(), rows.max()))
+    assert torch.allclose(edges.float(), view.box, atol=1.1)
+
+
+def test_shards_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="got 0 shards without a picture"):
+        ShardAlbum([])
+    lonely = photo(tmp_path, {"eve/1.jpg": jpeg(np.zeros((8, 8, 3), dtype=np.uint8))})
+    with pytest.raises(ValueError, match="got eve/1 with jpg; expected a picture and a .json"):
+        ShardAlbum([lonely])
+
+
+def test_plans_that_cannot_be(shards):
+    with pytest.raises(ValueError, match="got nobody with 13 pictures of 9 people"):
+        ClusterBatches(ShardAlbum(shards, SIDE), replace(PLAN, most=13), 1)
+    for wrong in ({"batch": 0}, {"least": 0}, {"least": 5}, {"process": 1}):
+        with pytest.raises(ValueError, match="expected a batch"):
+            replace(PLAN, **wrong)
+    with pytest.raises(IndexError):
+        ClusterBatches(ALBUM, PLAN, 3)[3]

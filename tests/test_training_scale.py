@@ -1,0 +1,107 @@
+"""Training for real: the configs of real scale, and Portrait World through the command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import comfy.ldm.modules.attention as attention
+import pytest
+import torch
+from comfyui_likeness.likeness import faces
+from comfyui_likeness.tools import standin_models
+from comfyui_likeness.training import data, loop, tasks
+from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
+from PIL import Image
+from torch import Tensor, nn
+from trainings import DISCS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
+    run, about = tasks.settings("unet", ROOT / "training" / "configs" / "two_cores" / "unet.toml")
+    with torch.device("meta"):
+        net = unet.base_model(unet.config(about, 128)).diffusion_model
+    weights = sum(value.numel() for value in net.parameters())
+    names = [name for name, _ in net.named_modules() if name.endswith("attn2")]
+    assert names == [
+        name.removesuffix(".to_q.weight") for name in published_sd15() if name.endswith("attn2.to_q.weight")
+    ]
+    assert 4e6 < weights < 5e6 and run.batch == 32
+
+
+def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # which run.py asks for
+    folder = ROOT / "training" / "configs" / "eight_gpus"
+    _, about = tasks.settings("unet", folder / "unet.toml")
+    _, towers = tasks.settings("clip", folder / "clip.toml")
+    _, faces = tasks.settings("recogniser", folder / "recogniser.toml")
+    with torch.device("meta"):
+        net = unet.base_model(unet.config(about, towers.width)).diffusion_model.requires_grad_(True)
+        pair = clip.ClipPair(towers, DISCS, 0)
+        network = recogniser.build(faces)
+        face = step(network, torch.zeros(2, 3, 112, 112))
+        seen = step(pair.vision, torch.zeros(2, 3, 224, 224))[2]
+        noise = step(net, torch.zeros(2, 4, 64, 64), torch.zeros(2), context=torch.zeros(2, 77, 768))
+    assert seen.shape == (2, 768) and noise.shape == (2, 4, 64, 64)
+    names = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    assert names == published_sd15()
+    assert sum(value.numel() for value in pair.vision.parameters()) == 303966208  # CLIP ViT-L/14's, with its projection
+    assert face.shape == (2, 512)
+
+
+def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:
+    """What a module makes of this, once all its weights have had a gradient of it and a step."""
+    made = module(*given, **named)
+    (made if isinstance(made, Tensor) else made[2]).square().mean().backward()
+    assert all(value.grad is not None for value in module.parameters())
+    torch.optim.SGD(loop.groups(module, 0.01), lr=0.1).step()  # AdamW counts its steps, and there are no numbers here
+    return made
+
+
+def published_sd15() -> dict[str, tuple[int, ...]]:
+    """The shapes of SD1.5's UNet, by the host's own detection: it knows the model only by these."""
+    full = {**standin_models.SD15, "channel_mult": [1, 2, 4, 4]}
+    return standin_models.unet(full)
+
+
+def test_shards_are_a_source(tmp_path: Path) -> None:
+    album = data.WorldAlbum("train", 64, people=3)
+    data.write_shards(album, tmp_path, pictures=2, lossless=True)
+    shards = source.find(str(tmp_path))
+    for number, (person, picture) in enumerate([(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 0)]):
+        view = album.view(person, picture)
+        assert torch.equal(shards.picture(number, 64), view.picture) and shards.caption(number) == view.caption
+    assert shards.picture(0, 32).shape == (32, 32, 3)
+    large = data.fit(album.view(1, 1), 512)
+    crop = faces.pixels(faces.align(large.picture.double() / 255, large.kps, 112))
+    assert torch.equal(shards.face(4, 1), crop) and not torch.equal(shards.face(4, 0), crop)
+    assert list(clip.tokens_of(clip.SDTokenizer(), shards.words)) == list(range(49408))
+    with pytest.raises(ValueError, match="0 shards"):
+        source.find(str(tmp_path / "none"))
+
+
+def test_portrait_world_is_a_source(tmp_path: Path) -> None:
+    world = source.find("world")
+    picture = world.picture(8, 64)
+    assert picture.shape == (64, 64, 3) and picture.dtype == torch.uint8
+    assert torch.equal(picture, world.picture(8, 64)) and not torch.equal(picture, world.picture(9, 64))
+    assert world.face(1, 5).shape == (112, 112, 3)
+    captions = [world.caption(number) for number in range(64)]
+    words = {word.strip(",") for text in captions for word in text.split()}
+    assert words <= set(world.words)
+    assert sum("two" in text or "people" in text for text in captions) == 8
+    config = tmp_path / "vae.toml"
+    config.write_text(
+        f'[run]\nfolder = "{tmp_path}/run"\nsteps = 1\nbatch = 1\nrate = 1e-3\nprecision = "bf16"\n[task]\nside = 32\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "vae", "--config", str(config)], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "run" / "model" / vae.FILE).is_file()
+    drawn = Image.open(tmp_path / "run" / "drawn" / "pictures-00000001.png")
+    assert drawn.size == (vae.SHOWN * 32, 2 * 32)

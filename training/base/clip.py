@@ -1,0 +1,203 @@
+"""The CLIP pair (Radford et al. 2103.00020): the host's text encoder of SD1.5 and its vision tower, both small.
+
+The text encoder keeps the host's tokens; it has embeddings for those of the captions, and one for all other words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
+from comfy.sd1_clip import SDClipModel, SDTokenizer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize
+
+from ...likeness import own_file, vocabulary
+from ..task import Batch, Task, start
+from .source import Source, captions, pictures
+
+TEXT, VISION = "text.safetensors", "vision.safetensors"
+FIRST_SCALE, LARGEST_SCALE = 2.6593, 4.6052  # logarithms of 1 / 0.07 and of 100, as published
+TRIED = 64  # captions of the check
+ALWAYS = ", ."  # tokens that any prompt may have
+
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Both towers' sizes; `side` and `patch` in pixels; `forget` is the part of words that become unknown."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    vision_width: int = 128
+    vision_layers: int = 6
+    vision_heads: int = 4
+    side: int = 128
+    patch: int = 16
+    forget: float = 0.02
+
+
+class ClipPair(Task):
+    """Loss: the cross entropy of which caption belongs to which picture, both ways, over the batch of all processes."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__()
+        self.settings, self.source = settings, source
+        self.tokenizer = SDTokenizer()
+        self.text = text_encoder(text_config(settings), tokens_of(self.tokenizer, source.words))
+        self.vision: Any = CLIPVisionModelProjection(
+            vision_config(settings), torch.float32, torch.get_default_device(), comfy.ops.disable_weight_init
+        )
+        start(self.text, seed)
+        start(self.vision, seed + 1)
+        with torch.no_grad():
+            self.vision.vision_model.embeddings.class_embedding.zero_()
+            self.text.logit_scale.fill_(FIRST_SCALE)
+        keep_for_gradient(self)
+        self.contrast: nn.Module | None = None
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        """Pairs of which no two have the same caption. Raises ValueError where there are not so many captions."""
+        pairs = self._pairs(chance, size)
+        if len(pairs["tokens"]) < size:
+            raise ValueError(
+                f"got {len(pairs['tokens'])} different captions; expected {size}; take a smaller batch in [run]"
+            )
+        return pairs
+
+    def _pairs(self, chance: Generator, size: int) -> Batch:
+        found = captions(self.source, chance, size)
+        tokens = tokenize(self.tokenizer, list(found))
+        forgotten = torch.rand(len(tokens), len(tokens[0]), generator=chance) < self.settings.forget
+        return {"pictures": self._read(list(found.values())), "tokens": forget(tokens, forgotten)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        scale = self.text.logit_scale.clamp(max=LARGEST_SCALE).exp()
+        texts, seen = self._features(batch)
+        with torch.autocast(seen.device.type, enabled=False):
+            return {"contrastive": self._contrast()(seen, texts, scale)}
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """How often the likest caption, and the likest picture, of some is the right one."""
+        texts, seen = self._features(self._pairs(chance, TRIED))
+        cosines = seen @ texts.T
+        right = torch.arange(len(cosines), device=cosines.device)
+        return {
+            "caption_found": (cosines.argmax(1) == right).float().mean(),
+            "picture_found": (cosines.argmax(0) == right).float().mean(),
+        }
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        told = {**asdict(self.settings), "config": text_config(self.settings)}
+        text = {key: value.half() for key, value in self.text.transformer.state_dict().items()}
+        text[vocabulary.KNOWN] = torch.tensor(self.text.transformer.get_input_embeddings().known)
+        save_file(contiguous(text), folder / TEXT, own_file.metadata("clip_text", "SD1.5", notes, settings=told))
+        told = {**asdict(self.settings), "config": vision_config(self.settings)}
+        vision = {key: value.half() for key, value in self.vision.state_dict().items()}
+        save_file(contiguous(vision), folder / VISION, own_file.metadata("clip_vision", "SD1.5", notes, settings=told))
+
+    def _read(self, numbers: Sequence[int]) -> Tensor:
+        side = self.settings.side
+        return clip_preprocess(pictures(self.source, numbers, side).movedim(1, -1), side)
+
+    def _features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Directions of the texts and of the pictures, [n, width] each."""
+        device = self.vision.visual_projection.weight.device
+        texts = self.text(batch["tokens"])[1]
+        seen = self.vision(batch["pictures"].to(device))[2]
+        return normalize(texts.float(), dim=-1), normalize(seen.float(), dim=-1)
+
+    def _contrast(self) -> nn.Module:
+        if self.contrast is None:
+            from open_clip.loss import ClipLoss
+            from torch import distributed
+
+            several = distributed.is_initialized()
+            rank, size = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
+            self.contrast = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=size)
+        return self.contrast
+
+
+def text_config(settings: Settings) -> dict[str, Any]:
+    """What the host's text encoder of CLIP-L is told to be."""
+    return {
+        "hidden_size": settings.width, "intermediate_size": 4 * settings.width, "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+    }  # fmt: skip
+
+
+def vision_config(settings: Settings) -> dict[str, Any]:
+    """What the host's ClipVisionModel is made of; it projects to the text encoder's width."""
+    width = settings.vision_width
+    return {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": settings.vision_layers,
+        "num_attention_heads": settings.vision_heads, "image_size": settings.side, "patch_size": settings.patch,
+        "num_channels": 3, "projection_dim": settings.width, "hidden_act": "quick_gelu",
+        "model_type": "clip_vision_model",
+    }  # fmt: skip
+
+
+def text_encoder(config: Mapping[str, Any], known: Sequence[int]) -> Any:
+    """The host's text encoder of that size: lists of tokens to states [n, 77, width] and projected texts [n, width]."""
+    options = {"clip_l_model_config": dict(config), "custom_operations": comfy.ops.disable_weight_init}
+    text: Any = SDClipModel(device=str(torch.get_default_device()), dtype=torch.float32, model_options=options)
+    text.transformer.set_input_embeddings(vocabulary.Vocabulary(known, config["hidden_size"]))
+    return text
+
+
+def load_text(file: Path) -> Any:
+    """A trained text encoder as a plain module. Raises ValueError where the file is not one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {})["likeness"])
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        text = text_encoder(told["settings"]["config"], tensors.pop(vocabulary.KNOWN).tolist())
+        text.transformer.load_state_dict({key: value.float() for key, value in tensors.items()})
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"got {file} ({str(error).splitlines()[0]}); expected a text encoder; train clip first"
+        ) from error
+    return text.eval().requires_grad_(False)
+
+
+def tokens_of(tokenizer: SDTokenizer, words: Sequence[str] | None) -> Sequence[int]:
+    """The tokens that captions of these words consist of; all of them for any words."""
+    if words is None:
+        return range(vocabulary.TOKENS)
+    return sorted({token for row in tokenize(tokenizer, [*words, ALWAYS]) for token in row})
+
+
+def tokenize(tokenizer: SDTokenizer, texts: Sequence[str]) -> Tokens:
+    """The first 77 tokens of each text, as the host makes them."""
+    return [[token for token, _ in tokenizer.tokenize_with_weights(text)[0]] for text in texts]
+
+
+def forget(tokens: Tokens, which: Tensor) -> Tokens:
+    """Tokens of which these, [n, 77], are unknown; starts and ends stay."""
+    never = vocabulary.TOKENS - 3  # the last word of the tokenizer's list, in no caption
+    return [
+        [never if gone and token < never else token for token, gone in zip(row, mask, strict=True)]
+        for row, mask in zip(tokens, which.tolist(), strict=True)
+    ]
+
+
+def keep_for_gradient(module: nn.Module) -> None:
+    """Give the norms of the host's CLIP layers copies to read: the layers add to what these have kept, in place."""
+    copy: Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda _, given: (given[0].clone(),)  # noqa: E731
+    for name, part in module.named_modules():
+        if name.endswith(("layer_norm1", "layer_norm2")):
+            part.register_forward_pre_hook(copy)
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in tensors.items()}

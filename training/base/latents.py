@@ -1,0 +1,52 @@
+"""Latents of pictures, made once and kept: encoding a picture costs two cores more than a step of the UNet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from comfy.taesd.taesd import TAESD
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .source import Source, pictures
+
+PIECE = 64  # pictures of one file
+
+
+def encode(autoencoder: TAESD, seen: Tensor) -> Tensor:
+    """Pictures [n, 3, H, W] from 0 to 1 to the VAE's latents [n, 4, H / 8, W / 8], on the pictures' device."""
+    return autoencoder.to(seen.device).encode(seen * 2 - 1)
+
+
+def decode(autoencoder: TAESD, latents: Tensor) -> Tensor:
+    """Latents to pictures [n, 3, H, W] from 0 to 1."""
+    return (autoencoder.to(latents.device).decode(latents) / 2 + 0.5).clamp(0, 1)
+
+
+def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -> Tensor:
+    """The latents of a source's first `count` pictures, float16 [count, 4, side / 8, side / 8].
+
+    They are kept beside the VAE's file in pieces, under a hash of it and of the first picture, which tells one source
+    from another: what was made before an interruption is there.
+    """
+    first_picture = source.picture(0, side).contiguous().numpy().tobytes()
+    digest = hashlib.sha256(vae.read_bytes() + first_picture).hexdigest()[:8]
+    folder = vae.parent / f"latents-{digest}-{side}"
+    folder.mkdir(exist_ok=True)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    found = []
+    for first in tqdm(range(0, count, PIECE), desc="latents"):
+        file = folder / f"{first:08d}.safetensors"
+        if not file.is_file():
+            seen = pictures(source, range(first, first + PIECE), side).to(device)
+            with torch.no_grad():
+                latents = encode(autoencoder, seen).half().cpu().contiguous()
+            part = file.with_name(f".part.{os.getpid()}.{file.name}")
+            save_file({"latents": latents}, part)
+            os.replace(part, file)
+        found.append(load_file(file)["latents"])
+    return torch.cat(found)[:count]

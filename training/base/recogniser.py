@@ -1,0 +1,200 @@
+"""Recognisers of faces: 112 x 112 pixels to 512 numbers, trained with ArcFace's margin (Deng et al. 1801.07698).
+
+Two networks of different build: one is what identities are made with, the other, the judge, only measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy, linear, normalize, one_hot
+
+from ...likeness import own_file
+from ..task import Batch, Task
+from .source import Source, sheet, some
+
+SIDE, VECTOR = 112, 512
+INPUT, OUTPUT = "input.1", "vector"
+TRIED = 32  # people of the check, each with two faces
+
+
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions before which features are normed, beside the way past them (He et al. 1603.05027)."""
+
+    def __init__(self, ins: int, outs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(ins), nn.Conv2d(ins, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs),
+            nn.PReLU(outs), nn.Conv2d(outs, outs, 3, 2, 1, bias=False), nn.BatchNorm2d(outs),
+        )  # fmt: skip
+        self.past = nn.Sequential(nn.Conv2d(ins, outs, 1, 2, bias=False), nn.BatchNorm2d(outs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.past(x)
+
+
+class Separable(nn.Module):
+    """A depthwise convolution in a wider space, and past it where the shape stays (Sandler et al. 1801.04381)."""
+
+    def __init__(self, ins: int, outs: int, stride: int = 2) -> None:
+        super().__init__()
+        wide = 2 * ins
+        self.body = nn.Sequential(
+            nn.Conv2d(ins, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.SiLU(),
+            nn.Conv2d(wide, wide, 5, stride, 2, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.SiLU(),
+            nn.Conv2d(wide, outs, 1, bias=False), nn.BatchNorm2d(outs),
+        )  # fmt: skip
+        self.same = stride == 1 and ins == outs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + x if self.same else self.body(x)
+
+
+class Places(nn.Module):
+    """Weighs every place of every channel by itself and sums over places: [n, c, h, w] to [n, c]."""
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels, height, width), 1 / (height * width)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum((2, 3))
+
+
+def residual(width: int, depth: int) -> list[nn.Module]:
+    """Levels of residual blocks, each of half the side and up to eight times as wide."""
+    widths = [width * min(2**i, 8) for i in range(depth + 1)]
+    return [
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width),
+        *(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)),
+    ]  # fmt: skip
+
+
+def separable(width: int, depth: int) -> list[nn.Module]:
+    """Levels of separable blocks, two each, behind a stem that reads every other pixel."""
+    widths = [width * min(2**i, 8) for i in range(depth + 1)]
+    levels = [(Separable(a, b), Separable(b, b, 1)) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    stem = [nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+    return [*stem, *(block for level in levels for block in level)]
+
+
+NETWORKS: Mapping[str, Callable[[int, int], list[nn.Module]]] = {"residual": residual, "separable": separable}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`people` in training; cosines are scaled by `scale`, the right person's angle grows by `margin` (radians)."""
+
+    file: str = "recogniser"
+    network: str = "residual"
+    width: int = 24
+    depth: int = 4
+    people: int = 10000
+    scale: float = 32.0
+    margin: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.network not in NETWORKS:
+            raise ValueError(f"got network = {self.network!r} in [task]; expected {' or '.join(NETWORKS)}")
+
+
+class Recogniser(Task):
+    """Loss: the cross entropy of whose face it is, by cosines with one direction for each person."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__()
+        self.settings, self.source = settings, source
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = build(settings)
+            self.people = nn.Parameter(torch.randn(settings.people, VECTOR) / VECTOR**0.5)
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        people = some(chance, size, self.settings.people)
+        return {"faces": self._faces(people, chance), "people": torch.tensor(people)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        vectors = self.network(batch["faces"]).float()
+        with torch.autocast(vectors.device.type, enabled=False):  # small angles need every digit of their cosines
+            cosines = linear(normalize(vectors), normalize(self.people))
+        return {"arcface": margin_loss(cosines, batch["people"], self.settings.scale, self.settings.margin)}
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Two faces of people outside the training, their mean cosines, and how often the likest face is the other."""
+        people = [self.settings.people + number for number in some(chance, TRIED, self.settings.people)]
+        first, second = (self._faces(people, chance).to(self.people.device) for _ in range(2))
+        cosines = normalize(self.network(first)) @ normalize(self.network(second)).T
+        right = torch.eye(TRIED, dtype=torch.bool, device=cosines.device)
+        found = (cosines.argmax(1) == torch.arange(TRIED, device=cosines.device)).float().mean()
+        faces = sheet(first[:8] / 2 + 0.5, second[:8] / 2 + 0.5)
+        return {"faces": faces, "same": cosines[right].mean(), "other": cosines[~right].mean(), "found": found}
+
+    def _faces(self, people: list[int], chance: Generator) -> Tensor:
+        """A face of each of these people, from any picture of them."""
+        numbers = some(chance, len(people))
+        return read([self.source.face(person, number) for person, number in zip(people, numbers, strict=True)])
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        export(self.network, folder / f"{self.settings.file}.onnx", asdict(self.settings), notes)
+
+
+def build(settings: Settings) -> nn.Module:
+    """The network: [n, 3, 112, 112] from -1 to 1 to raw vectors [n, 512]."""
+    body = nn.Sequential(*NETWORKS[settings.network](settings.width, settings.depth))
+    with torch.no_grad():
+        _, *shape = body.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape
+    head = (Places(*shape), nn.Linear(shape[0], VECTOR, bias=False), nn.BatchNorm1d(VECTOR))
+    return nn.Sequential(body, *head).train()
+
+
+def read(faces: list[Tensor]) -> Tensor:
+    """Faces as the network reads them, by insightface's numbers: uint8 [112, 112, 3] each to [n, 3, 112, 112]."""
+    return (torch.stack(faces).movedim(-1, 1).float() - 127.5) / 127.5
+
+
+def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) -> Tensor:
+    """Eq. 3: the angle to the right person [n, people] counts as larger by `margin` (radians)."""
+    angles = cosines.clamp(-1 + 1e-6, 1 - 1e-6).acos()
+    added = angles + margin * one_hot(people, cosines.shape[1])
+    # Beyond pi a larger angle would be a nearer one.
+    return cross_entropy(scale * added.clamp(max=math.pi).cos(), people)
+
+
+def export(network: nn.Module, path: Path, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write a network as insightface's recogniser loader reads it, its weights in half precision."""
+    import onnx
+
+    device = next(network.parameters()).device
+    run: Callable[..., Any] = partial(torch.onnx.export, dynamo=False, opset_version=13)
+    run(
+        network, (torch.zeros(1, 3, SIDE, SIDE, device=device),), str(path), input_names=[INPUT],
+        output_names=[OUTPUT], dynamic_axes={INPUT: {0: "n"}, OUTPUT: {0: "n"}},
+    )  # fmt: skip
+    model = onnx.load(str(path))
+    halve(model.graph)
+    told = own_file.metadata("recogniser", "faces", notes, settings=dict(settings))
+    onnx.helper.set_model_props(model, told)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def halve(graph: Any) -> None:
+    """Store an ONNX graph's weights as float16, cast back where they are read: half the file, the same sums."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for held in graph.initializer:
+        if held.data_type == TensorProto.FLOAT:
+            name, half = held.name, f"{held.name}.half"
+            held.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(held).astype("float16"), half))
+            casts.append(helper.make_node("Cast", [half], [name], name=f"cast {name}", to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

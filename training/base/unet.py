@@ -1,0 +1,173 @@
+"""The UNet: the host's, of SD1.5's kind, with its own sampling (noise prediction; Rombach et al. 2112.10752)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.ops
+import comfy.sample
+import comfy.supported_models
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.taesd.taesd import TAESD
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+from torch.nn.functional import mse_loss
+
+from ...likeness import own_file
+from ..task import Batch, Task, start
+from . import clip, latents, vae
+from .source import PICTURES, Source, captions, pictures, sheet, some
+
+FILE = "unet.safetensors"
+SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
+PREFIX = "model.diffusion_model."
+SHOWN = 6
+SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`vae` and `text` are files trained before; `side` in pixels; `unprompted` is the part without a caption.
+
+    With a `pool` it trains on the first so many pictures, whose latents are made once.
+    """
+
+    vae: str
+    text: str
+    side: int = 128
+    channels: int = 32
+    levels: tuple[int, ...] = (1, 2, 2, 3)
+    blocks: int = 2
+    depth: tuple[int, ...] = (1, 1, 1, 0)
+    heads: int = 8
+    unprompted: float = 0.1
+    pool: int = 0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.levels) != len(self.depth):
+            raise ValueError(f"got {len(self.levels)} levels and {len(self.depth)} depths in [task]; expected as many")
+
+
+class TextToImage(Task):
+    """Loss: the mean squared difference of the noise and what the host's model says it is."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__()
+        self.settings, self.source = settings, source
+        file, text = Path(settings.vae), clip.load_text(Path(settings.text))
+        self.tokenizer = clip.SDTokenizer()
+        self.frozen = Frozen(text, vae.load(file))
+        if settings.pool:
+            autoencoder = self.frozen.autoencoder
+            self.frozen.pool = latents.pool(source, file, autoencoder, settings.side, settings.pool)
+        width = text.transformer.get_input_embeddings().weight.shape[1]
+        self.config = config(settings, width)
+        self.model: Any = base_model(self.config)
+        start(self.model.diffusion_model, seed, silent=SILENT)
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        side, pool = self.settings.side, self.frozen.pool
+        numbers = some(chance, size, PICTURES if pool is None else len(pool))
+        shown = (
+            {"pictures": pictures(self.source, numbers, side)} if pool is None else {"latents": pool[numbers].float()}
+        )
+        dropped = (torch.rand(size, generator=chance) < self.settings.unprompted).tolist()
+        texts = ["" if gone else self.source.caption(number) for number, gone in zip(numbers, dropped, strict=True)]
+        return {
+            **shown, "tokens": clip.tokenize(self.tokenizer, texts),
+            "noise": torch.randn(size, 4, side // 8, side // 8, generator=chance),
+            "times": torch.randint(self.model.model_sampling.num_timesteps, (size,), generator=chance),
+        }  # fmt: skip
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        model, noise = self.model, batch["noise"]
+        with torch.no_grad():
+            if "latents" not in batch:
+                batch = {**batch, "latents": latents.encode(self.frozen.autoencoder, batch["pictures"])}
+            clear = model.process_latent_in(batch["latents"])
+            text = self.frozen.words(batch["tokens"], noise.device)
+            sigma = model.model_sampling.sigma(batch["times"])
+            noisy = model.model_sampling.noise_scaling(sigma, noise, clear)
+        clean = model.apply_model(noisy, sigma, c_crossattn=text)
+        # The host's model gives the picture that its noise leaves.
+        said = (noisy - clean) / sigma[:, None, None, None]
+        return {"noise": mse_loss(said.float(), noise)}
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Pictures of some captions, by the host's own sampler."""
+        texts = list(captions(self.source, chance, SHOWN))
+        device = next(self.model.parameters()).device
+        with_text, without = (
+            [[self.frozen.words(clip.tokenize(self.tokenizer, some), device), {}]] for some in (texts, [""])
+        )
+        side = self.settings.side // 8
+        noise = torch.randn(len(texts), 4, side, side, generator=chance)
+        held = ModelPatcher(self.model, device, device)
+        made = comfy.sample.sample(
+            held, noise, positive=with_text, negative=without, latent_image=torch.zeros_like(noise),
+            disable_pbar=True, seed=0, **SAMPLING,
+        )  # fmt: skip
+        return {"pictures": sheet(latents.decode(self.frozen.autoencoder, made.to(device)))}
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        weights = self.model.diffusion_model.state_dict()
+        tensors = {PREFIX + key: value.half().contiguous() for key, value in weights.items()}
+        told = {**asdict(self.settings), "config": self.config}
+        save_file(tensors, folder / FILE, own_file.metadata("unet", "SD1.5", notes, settings=told))
+
+
+class Frozen:
+    """What is trained already and only used: no part of the module, so that no checkpoint or process group has it."""
+
+    def __init__(self, text: nn.Module, autoencoder: TAESD) -> None:
+        self.text, self.autoencoder = text, autoencoder
+        self.pool: Tensor | None = None
+
+    def words(self, tokens: clip.Tokens, device: torch.device) -> Tensor:
+        """What the UNet reads of texts, [n, 77, width]."""
+        return self.text.to(device)(tokens)[0]
+
+
+def config(settings: Settings, width: int) -> dict[str, Any]:
+    """The host's description of the UNet; text is `width` wide."""
+    inner = [depth for depth in settings.depth for _ in range(settings.blocks)]
+    outer = [depth for depth in settings.depth for _ in range(settings.blocks + 1)]
+    return {
+        "image_size": settings.side // 8, "in_channels": 4, "out_channels": 4, "model_channels": settings.channels,
+        "num_res_blocks": [settings.blocks] * len(settings.levels), "channel_mult": list(settings.levels),
+        "transformer_depth": inner, "transformer_depth_output": outer,
+        "transformer_depth_middle": 1, "context_dim": width, "num_heads": settings.heads,
+        "use_spatial_transformer": True, "legacy": False, "use_checkpoint": settings.checkpointing,
+    }  # fmt: skip
+
+
+def base_model(described: Mapping[str, Any]) -> BaseModel:
+    """A MODEL's inside, as the host has it, without weights."""
+    described = copy.deepcopy(dict(described))  # the host's modules consume the lists
+    supported = comfy.supported_models.SD15(described)
+    supported.unet_config |= {"num_heads": described["num_heads"]}
+    supported.set_inference_dtype(torch.float32, None)
+    return comfy.model_base.BaseModel(supported, device=torch.get_default_device())
+
+
+def load(file: Path) -> BaseModel:
+    """A trained UNet in the host's own model. Raises ValueError where the file is not one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {})["likeness"])
+            tensors = {key.removeprefix(PREFIX): opened.get_tensor(key).float() for key in opened.keys()}
+        model = base_model(told["settings"]["config"])
+        model.diffusion_model.load_state_dict(tensors)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a UNet; train it first") from error
+    return model

@@ -1,0 +1,110 @@
+"""The VAE: the host's TAESD, 8 x 8 pixels to 4 latent channels, 2.4 million parameters.
+
+Its latents are trained to be the model's: each channel of mean 0 and variance 1, as a denoiser wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.latent_formats import SD15
+from comfy.taesd.taesd import TAESD
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from torch.nn.functional import avg_pool2d, l1_loss
+
+from ...likeness import own_file
+from ..task import Batch, Task, start
+from .latents import decode, encode
+from .source import Source, pictures, sheet, some
+
+FILE = "vae.safetensors"
+SHOWN = 6
+SCALES = 3  # of the pictures whose edges are compared: 1, 1/2, 1/4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`side` in pixels; `noise` is the spread of what the decoder has to bear, in latents of spread 1.
+
+    `edges` and `moments` weigh what is beside the plain difference of pixels.
+    """
+
+    side: int = 128
+    noise: float = 0.05
+    edges: float = 1.0
+    moments: float = 0.01
+
+
+class Vae(Task):
+    """Losses: the mean absolute difference of pixels and of their edges, and how far the latents are from normal."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__()
+        self.settings, self.source = settings, source
+        self.vae: Any = TAESD()
+        start(self.vae, seed, 2**0.5, silent=("conv.4.weight",))
+        with torch.no_grad():  # what the host multiplies latents with for its models is taken off here
+            self.vae.vae_scale.fill_(SD15().scale_factor)
+            self.vae.vae_shift.zero_()
+            self.vae.taesd_decoder[-1].bias.fill_(0.5)  # around grey
+        self.vae.vae_scale.requires_grad_(False)
+        self.vae.vae_shift.requires_grad_(False)
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        side = self.settings.side
+        numbers = some(chance, size)
+        noise = torch.randn(size, 4, side // 8, side // 8, generator=chance)
+        return {"pictures": pictures(self.source, numbers, side), "noise": noise}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        asked = batch["pictures"]
+        latents = encode(self.vae, asked).float()
+        spread = self.settings.noise / self.vae.vae_scale
+        made = self.vae.decode(latents + batch["noise"] * spread).float() / 2 + 0.5
+        return {
+            "pixels": l1_loss(made, asked),
+            "edges": self.settings.edges * edges(made, asked),
+            "moments": self.settings.moments * moments(latents * self.vae.vae_scale),
+        }
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Pictures above what becomes of them, and the signal-to-noise ratio in decibels."""
+        asked = self.batch(chance, SHOWN)["pictures"].to(self.vae.vae_scale.device)
+        made = decode(self.vae, encode(self.vae, asked))
+        return {"pictures": sheet(asked, made), "psnr": -10 * (made - asked).square().mean().log10()}
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        tensors = {key: value.half().contiguous() for key, value in self.vae.state_dict().items()}
+        told = {**asdict(self.settings), "channels": 4}
+        save_file(tensors, folder / FILE, own_file.metadata("vae", "SD1.5", notes, settings=told))
+
+
+def load(file: Path) -> TAESD:
+    """A trained VAE as a plain module. Raises ValueError where the file is not one."""
+    vae = TAESD()
+    try:
+        vae.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a VAE; train it first") from error
+    return vae.eval().requires_grad_(False)
+
+
+def edges(made: Tensor, asked: Tensor) -> Tensor:
+    """The mean absolute difference of both pictures' slopes, over scales: what a blurred picture pays for."""
+    total = made.new_zeros(())
+    for _ in range(SCALES):
+        for axis in (-1, -2):
+            total = total + l1_loss(made.diff(dim=axis), asked.diff(dim=axis))
+        made, asked = avg_pool2d(made, 2), avg_pool2d(asked, 2)
+    return total
+
+
+def moments(latents: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of each channel's mean and variance over the batch from a normal's, averaged."""
+    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
+    return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
