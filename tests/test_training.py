@@ -30,8 +30,8 @@ def train(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
     return load_file(loop.train(trainings.Line, trainings.run(folder, **changes), {}) / "line.safetensors")
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-6) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=tolerance) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +143,25 @@ def test_several_processes_train_as_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "run" / "step-00000008.pt", weights_only=True)
     assert state["settings"]["processes"] == 2
-    # By hand: the mean of both processes' gradients, each with the norm's statistics of its own batch.
-    run = trainings.run(tmp_path, steps=8)
-    task = trainings.Line()
+    found, both, one = (
+        told(weights) for weights in (state["task"], by_hand(tmp_path, (1, 0)), by_hand(tmp_path, (0,)))
+    )
+    assert same(found, both, 1e-3) and not same(found, one, 1e-3)
+
+
+def told(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those weights that have a gradient: of a bias ahead of a norm it is mere rounding, of which AdamW makes much."""
+    return {key: value for key, value in weights.items() if key not in ("net.0.bias", "net.1.running_mean")}
+
+
+def by_hand(folder: Path, processes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The weights after the mean of all processes' gradients, each with the norm's statistics of its own batch."""
+    run, task = trainings.run(folder, steps=8), trainings.Line()
     optimiser = torch.optim.AdamW(loop.groups(task, run.decay), lr=run.rate)
     for step in range(8):
-        for process in (1, 0):  # the first process's statistics are those that stay
+        for process in processes:  # the first process's statistics are those that stay
             kept = {key: value.clone() for key, value in task.named_buffers()}
-            (task(task.batch(chance(0, step, process), 8))["square"] / 2).backward()
+            (task(task.batch(chance(0, step, process), 8))["square"] / len(processes)).backward()
             for key, value in task.named_buffers() if process else ():
                 value.copy_(kept[key])
         nn.utils.clip_grad_norm_(task.parameters(), run.clip)
@@ -158,7 +169,7 @@ def test_several_processes_train_as_one(tmp_path: Path) -> None:
             group["lr"] = loop.rate(run, step)
         optimiser.step()
         optimiser.zero_grad()
-    assert same(state["task"], task.state_dict())
+    return task.state_dict()
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_likeness.training import people, world
+from comfyui_likeness.training import world
 from comfyui_likeness.training.data import ClusterBatches, Clusters, Plan, ShardAlbum, View, WorldAlbum, write_shards
+from comfyui_likeness.training.portrait import people
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from comfyui_likeness.likeness import faces
 from comfyui_likeness.likeness.spec import Face
-from comfyui_likeness.training import people, scenes, world
+from comfyui_likeness.training import world
+from comfyui_likeness.training.portrait import people, scenes
 from comfyui_likeness.training.world import Figure, Painted, Person, Scene
 from PIL import Image
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from . import world
 from .dice import Dice
-from .people import SPLITS
+from .portrait.people import SPLITS
 
 PICTURES = 1 << 12  # of each drawn person, at most
 PEOPLE = 1 << 20  # of each split

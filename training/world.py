@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .painter import Painted, paint
-from .people import SPLITS, Person, person
-from .scenes import WORDS, Figure, Scene, caption, scene
+from .portrait.painter import Painted, paint
+from .portrait.people import SPLITS, Person, person
+from .portrait.scenes import WORDS, Figure, Scene, caption, scene
 
 __all__ = ["WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption", "paint", "person", "scene"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .dice import Dice
+from ..dice import Dice
 
 # style -> how a sentence begins, how it may end instead
 STYLES: Mapping[str, tuple[str, str]] = {

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ..dice import Dice
 from .canvas import BLACK, WHITE, Canvas, Colour, Curve, bow, mix, ring, smooth
-from .dice import Dice
 
 PLAINS: tuple[Colour, ...] = (
     (222, 206, 188), (186, 204, 214), (206, 214, 190), (226, 190, 182), (196, 190, 214), (236, 222, 172),

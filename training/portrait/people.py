@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .dice import Dice
+from ..dice import Dice
 
 Level = str | float
 EVEN = (-1.0, -0.5, 0.0, 0.5, 1.0)  # a measure from the least to the most

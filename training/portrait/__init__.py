@@ -1,0 +1,1 @@
+"""How Portrait World is drawn: people, scenes, and the parts of a picture."""
