@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from . import arc2face, detect, keymaps, own_file
 from .arc2face import AT, mean_face
@@ -64,11 +63,7 @@ class PromptInverter(nn.Module):
         """The embeddings of padding [77, D], each at its place: those that the file keeps, or else its tables'."""
         if self.pad_embeddings is not None:
             return self.pad_embeddings.to(device).float()
-        return padding(self.text, device)
-
-
-def padding(text: TextModel, device: torch.device) -> Tensor:
-    return (text.words([END], device) + text.positions(LENGTH, device))[0]
+        return (self.text.words([END], device) + self.text.positions(LENGTH, device))[0]
 
 
 def scaled(vectors: Tensor, pad: Tensor, scale: float) -> Tensor:
@@ -117,8 +112,9 @@ def words(
     """The word vectors [count, D] of a person, float32. Raises ValueError where the identity lacks the face vector."""
     rows, weight = arc2face.faces(identity)
     if wording.noise:
-        drawn = torch.randn(rows.shape, generator=torch.Generator().manual_seed(wording.seed))
-        rows = normalize(perturbed(rows, wording.noise, drawn), dim=-1)
+        # The same on every face, or their mean would lose it.
+        drawn = torch.randn(1, rows.shape[-1], generator=torch.Generator().manual_seed(wording.seed))
+        rows = perturbed(rows, wording.noise, drawn)
     tokens = AVERAGES[wording.average](encoder, rows.to(device), weight.to(device))
     return inverter.vectors(tokens[:, AT : AT + VECTORS], wording.scale)[0, : wording.count]
 

@@ -251,6 +251,16 @@ def test_what_makes_the_words(host: Any) -> None:
         assert close(rows, nodes.word_vectors(prompter(), only, adaface.Wording(average=average))["l"], 1e-5)
 
 
+def test_a_variation_is_as_strong_for_many_photos_as_for_one() -> None:
+    one = person(5)
+    key = one.find(arc2face.FACES[-1])
+    many = replace(person(5, faces=8), embeddings={key: one.embeddings[key].repeat(8, 1)})
+    varied = adaface.Wording(noise=0.1)
+    alone, together = (nodes.word_vectors(prompter(), who, varied)["l"] for who in (one, many))
+    assert close(together, alone, 1e-4)
+    assert not close(alone, nodes.word_vectors(prompter(), one, adaface.Wording())["l"], 1e-3)
+
+
 def test_arc2faces_own_recogniser_comes_first() -> None:
     own, other = arc2face.FACES
     both = person()
