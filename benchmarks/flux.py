@@ -16,9 +16,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 640, "num_heads": 5, "depth": 4, "depth_single_blocks": 8, "context_in_dim": 768},
     "full": {"hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "context_in_dim": 4096},
 }
-LAYOUTS = {"XLabs v2": "xlabs_flux_ip_adapter_v2", "InstantX": "instantx_flux_ip_adapter"}
+LAYOUTS = {
+    "XLabs v2": "xlabs_flux_ip_adapter_v2", "InstantX": "instantx_flux_ip_adapter", "PuLID-FLUX": "pulid_flux_v0.9.x",
+}  # fmt: skip
+NARROWED = ("XLabs v2", "InstantX")  # in the small size, whose keys would read more than the model is wide
 OMNI_ID = "Omni-ID"
-READS = {"xlabs": (768,), "instantx": (1152,), "omni_id_adapter": (256, 1280)}
+# What each kind reads of an identity, feature by feature; the last is the black picture's.
+READS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "xlabs": ((768,), (768,)), "instantx": ((1152,), (768,)), "omni_id_adapter": ((256, 1280), (768,)),
+    "pulid_flux": ((512,), (768,), (5, 577, 1024), (768,)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def adapter(kind: str, size: str) -> Any:
     if kind == OMNI_ID:
         told = part("tools.standins").TOLD["omni_id_flux.safetensors"]
         return part("nodes.loaders.own").load(models.fill(cut.omni_id(config_of(size))), told, kind)[0]
-    text = cut.TEXT if size == "full" else 256
+    text = 256 if size == "small" and kind in NARROWED else cut.TEXT
     flat = models.fill(cut.fitted(models.layout_of(LAYOUTS[kind]), config_of(size), text))
     detect, keymaps = part("likeness.detect"), part("likeness.keymaps")
     tensors = keymaps.rename(flat, keymaps.IP_ADAPTER)
@@ -90,7 +97,8 @@ def with_identity(model: Any, given: Any) -> Any:
 
     spec = part("likeness.spec")
     needs = (*given.spec.needs, part("likeness.detect").BLACK)
-    rows = {need.id("0" * 64): torch.ones(1, *READS[given.spec.kind]) for need in needs}
+    shapes = zip(needs, READS[given.spec.kind], strict=True)
+    rows = {need.id("0" * 64): torch.ones(1, *shape) for need, shape in shapes}
     one = torch.ones(1)
     person = spec.Identity("someone", torch.zeros(1, 4), torch.zeros(1, 5, 2), one, one, embeddings=rows)
     node = part("nodes.attention.decoupled").ApplyDecoupled

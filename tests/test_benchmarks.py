@@ -85,3 +85,5 @@ def test_flux_pays_for_one_attention_per_block() -> None:
     assert added["XLabs v2"] == 4 * 16 * width * doubles * picture
     assert added["InstantX"] == 4 * 128 * width * (doubles * picture + singles * (picture + text))
     assert added["Omni-ID"] == 4 * 256 * width * (doubles + singles) * picture
+    # Queries and output of its own, 2048 wide, behind every second double and fourth single block; 32 tokens.
+    assert added["PuLID-FLUX"] == (4 * width + 4 * 32) * 2048 * (doubles // 2 + singles // 4) * picture
