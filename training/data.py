@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -69,29 +69,32 @@ class Album(Protocol):
 
 @dataclass(frozen=True)
 class WorldAlbum:
-    """Portrait World, everyone alone in scenes of their own: what is behind a face says nothing of whose it is.
+    """Portrait World, everyone in scenes of their own: what is behind a face says nothing of whose it is.
 
-    The first `people` of a split, `each` pictures of everyone.
+    The first `people` of a split, `each` pictures of everyone: alone, or with `figures` of 2 beside somebody else.
     """
 
     split: str
     side: int = 128
     people: int = PEOPLE
     each: int = PICTURES
+    figures: int = 1
 
     def __len__(self) -> int:
         return self.people
 
     def name(self, identity: int) -> str:
-        return f"{self.split}-{identity:07d}"
+        return f"{self.split}-{identity:07d}" if self.figures == 1 else f"{self.split}-pair-{identity:07d}"
 
     def pictures(self, identity: int) -> int:
         return min(self.each, PICTURES)
 
     def view(self, identity: int, picture: int) -> View:
         # No scene of one split is one of another's.
-        scene = world.scene((identity * PICTURES + picture) * len(SPLITS) + list(SPLITS).index(self.split))
-        painted = world.paint([world.person(identity, self.split)], scene, self.side)
+        number = (identity * PICTURES + picture) * len(SPLITS) + list(SPLITS).index(self.split)
+        scene = world.scene(number, self.figures)
+        beside = [world.person(PEOPLE - 1 - identity, self.split)] * (self.figures - 1)
+        painted = world.paint([world.person(identity, self.split), *beside], scene, self.side)
         whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
         image, kps, box, mask = (torch.from_numpy(value) for value in whole)
         return View(image, world.caption(scene), kps, box, mask)
@@ -114,11 +117,12 @@ class ShardAlbum:
     """WebDataset shards, not compressed: `<identity>/<n>.jpg` (or png, webp), `.json` and, if it is known, `.mask.png`.
 
     The JSON holds `caption`, `kps` [5][2] and `box` [4]. Without a mask the box is the face. Pictures of another size
-    are cut square around the face and resized. Shards must be files at hand: their headers are read once, here, and
-    every picture is then found by number. Raises ValueError on shards that hold no picture or one without its JSON.
+    are cut square around the face and resized, unless `side` is None. Shards must be files at hand: their headers are
+    read once, here, and every picture is then found by number. Raises ValueError on shards that hold no picture or one
+    without its JSON.
     """
 
-    def __init__(self, shards: Iterable[Path], side: int = 128) -> None:
+    def __init__(self, shards: Iterable[Path], side: int | None = 128) -> None:
         self.side = side
         self._people: dict[str, dict[str, dict[str, Member]]] = {}
         files = sorted(shards)
@@ -154,15 +158,22 @@ class ShardAlbum:
     def pictures(self, identity: int) -> int:
         return len(self._numbers[self._names[identity]])
 
+    def about(self, identity: int, picture: int) -> dict[str, Any]:
+        """What the JSON of a picture says."""
+        return json.loads(self._parts(identity, picture)["json"].read())
+
     def view(self, identity: int, picture: int) -> View:
-        name = self._names[identity]
-        parts = self._people[name][self._numbers[name][picture]]
-        about = json.loads(parts["json"].read())
+        parts, about = self._parts(identity, picture), self.about(identity, picture)
         kind = next(kind for kind in PICTURE_NAMES if kind in parts)
         image = _decode(parts[kind].read(), "RGB")
         box = torch.tensor(about["box"])
         mask = _decode(parts[MASK_NAME].read(), "L") > 127 if MASK_NAME in parts else _inside(box, image.shape)
-        return fit(View(image, about["caption"], torch.tensor(about["kps"]), box, mask), self.side)
+        whole = View(image, about["caption"], torch.tensor(about["kps"]), box, mask)
+        return whole if self.side is None else fit(whole, self.side)
+
+    def _parts(self, identity: int, picture: int) -> dict[str, Member]:
+        name = self._names[identity]
+        return self._people[name][self._numbers[name][picture]]
 
 
 def _natural(number: str) -> tuple[int, str]:
@@ -209,24 +220,31 @@ def write_shards(
     The same album gives the same bytes, for one version of Pillow.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(album), per_shard)
+    return [
+        write_shard(
+            album, range(start, min(start + per_shard, len(album))), folder / f"{number:06d}.tar", pictures, lossless
+        )
+        for number, start in enumerate(starts)
+    ]
+
+
+def write_shard(album: Album, people: range, path: Path, pictures: int, lossless: bool = False) -> Path:
+    """Write one shard, whole or not at all."""
     kind, options = ("png", {}) if lossless else ("jpeg", {"quality": JPEG, "subsampling": 0})
-    written = []
-    for start in range(0, len(album), per_shard):
-        path = folder / f"{start // per_shard:06d}.tar"
-        part = path.with_suffix(".part")
-        with tarfile.open(part, "w") as tar:
-            for identity in range(start, min(start + per_shard, len(album))):
-                for number in range(min(pictures, album.pictures(identity))):
-                    view = album.view(identity, number)
-                    about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
-                    stem = f"{album.name(identity)}/{number}"
-                    mask = _encode(view.mask.to(torch.uint8) * 255, "png", {})
-                    _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
-                    _add(tar, f"{stem}.json", json.dumps(about).encode())
-                    _add(tar, f"{stem}.{MASK_NAME}", mask)
-        os.replace(part, path)
-        written.append(path)
-    return written
+    part = path.with_suffix(".part")
+    with tarfile.open(part, "w") as tar:
+        for identity in people:
+            for number in range(min(pictures, album.pictures(identity))):
+                view = album.view(identity, number)
+                about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
+                stem = f"{album.name(identity)}/{number}"
+                mask = _encode(view.mask.to(torch.uint8) * 255, "png", {})
+                _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
+                _add(tar, f"{stem}.json", json.dumps(about).encode())
+                _add(tar, f"{stem}.{MASK_NAME}", mask)
+    os.replace(part, path)
+    return path
 
 
 def _encode(picture: Tensor, kind: str, options: dict[str, int]) -> bytes:

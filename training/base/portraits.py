@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from ...likeness import faces
 from .. import world
-from ..data import ShardAlbum, View
+from ..data import ShardAlbum, fit
 
 TWO = 8  # every so many pictures show two people
-FACE_PICTURE, LARGE = 192, 512  # pixels of what a face is cut out of, drawn or photographed
+FACE_PICTURE = 192  # pixels of what a face is cut out of
+CLOSED = 1000  # words of captions that are a closed list
 
 
 @dataclass(frozen=True)
@@ -41,30 +43,36 @@ class World:
 class Shards:
     """Everyone of a folder's WebDataset shards. Numbers beyond what is there begin anew.
 
-    Raises ValueError on a folder without shards.
+    Pictures follow each other person by person, everyone's first before anyone's second. Faces are those of people
+    with several pictures. Raises ValueError on a folder without shards.
     """
 
-    words: Sequence[str] | None = None
-
     def __init__(self, folder: Path) -> None:
-        self.album = ShardAlbum(folder.glob("*.tar"))
+        self.album = album = ShardAlbum(folder.glob("*.tar"), side=None)
+        counts = [album.pictures(person) for person in range(len(album))]
+        turns = range(max(counts))
+        self._views = [(person, turn) for turn in turns for person, count in enumerate(counts) if turn < count]
+        self._people = [person for person, count in enumerate(counts) if count > 1]
+
+    @cached_property
+    def words(self) -> Sequence[str] | None:
+        """Every word of the captions, as all of them are read; None where there are too many to be a closed list."""
+        said = {word for number in range(len(self)) for word in re.findall(r"\w+", self.caption(number))}
+        return sorted(said) if len(said) < CLOSED else None
+
+    def __len__(self) -> int:
+        return len(self._views)
 
     def caption(self, number: int) -> str:
-        return self._view(number, LARGE).caption
+        return self.album.about(*self._views[number % len(self)])["caption"]
 
     def picture(self, number: int, side: int) -> Tensor:
-        return self._view(number, side).picture
+        return fit(self.album.view(*self._views[number % len(self)]), side).picture
 
     def face(self, person: int, number: int) -> Tensor:
-        view = self._view(person % len(self.album) + number * len(self.album), LARGE)
+        person = self._people[person % len(self._people)]
+        view = self.album.view(person, number % self.album.pictures(person))
         return faces.pixels(faces.align(view.picture.double() / 255, view.kps, 112))
-
-    def _view(self, number: int, side: int) -> View:
-        """Picture `number`: people follow each other, each with the next of their pictures."""
-        album = copy.copy(self.album)
-        album.side = side
-        turn, person = divmod(number, len(album))
-        return album.view(person, turn % album.pictures(person))
 
 
 def scene_of(number: int) -> world.Scene:

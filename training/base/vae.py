@@ -29,12 +29,12 @@ SCALES = 3  # of the pictures whose edges are compared: 1, 1/2, 1/4
 
 @dataclass(frozen=True)
 class Settings:
-    """`side` in pixels; `noise` is the spread of what the decoder has to bear, in latents of spread 1.
-
-    `edges` and `moments` weigh what is beside the plain difference of pixels.
+    """`side` in pixels, of which squares of `crop` are trained on; `noise` is the spread of what the decoder has to
+    bear, in latents of spread 1. `edges` and `moments` weigh what is beside the plain difference of pixels.
     """
 
     side: int = 128
+    crop: int = 128
     noise: float = 0.05
     edges: float = 1.0
     moments: float = 0.01
@@ -56,10 +56,11 @@ class Vae(Task):
         self.vae.vae_shift.requires_grad_(False)
 
     def batch(self, chance: Generator, size: int) -> Batch:
-        side = self.settings.side
-        numbers = some(chance, size)
-        noise = torch.randn(size, 4, side // 8, side // 8, generator=chance)
-        return {"pictures": pictures(self.source, numbers, side), "noise": noise}
+        side, crop = self.settings.side, self.settings.crop
+        seen = pictures(self.source, some(chance, size), side)
+        corners = torch.randint(side - crop + 1, (size, 2), generator=chance).tolist()
+        cut = [whole[:, y : y + crop, x : x + crop] for whole, (y, x) in zip(seen, corners, strict=True)]
+        return {"pictures": torch.stack(cut), "noise": torch.randn(size, 4, crop // 8, crop // 8, generator=chance)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         asked = batch["pictures"]
@@ -74,7 +75,7 @@ class Vae(Task):
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Pictures above what becomes of them, and the signal-to-noise ratio in decibels."""
-        asked = self.batch(chance, SHOWN)["pictures"].to(self.vae.vae_scale.device)
+        asked = pictures(self.source, some(chance, SHOWN), self.settings.side).to(self.vae.vae_scale.device)
         made = decode(self.vae, encode(self.vae, asked))
         return {"pictures": sheet(asked, made), "psnr": -10 * (made - asked).square().mean().log10()}
 

@@ -1,0 +1,54 @@
+"""`python -m training.shards FOLDER`: Portrait World as WebDataset shards, painted once and read by every run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from .data import WorldAlbum, write_shard
+
+PER_SHARD = 250  # people
+
+
+def tasks(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path, int]]:
+    """What there is to write: people alone, then pairs; shards that are there already are left as they are."""
+    albums = {
+        "alone": WorldAlbum(given.split, given.side, given.people, given.each),
+        "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, figures=2),
+    }
+    found = []
+    for name, album in albums.items():
+        for number, start in enumerate(range(0, len(album), PER_SHARD)):
+            path = folder / f"{name}-{number:06d}.tar"
+            people = range(start, min(start + PER_SHARD, len(album)))
+            if not path.exists():
+                found.append((album, people, path, album.each))
+    return found
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.shards", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--split", default="train", help="train, validation or test: nobody is in two of them")
+    parser.add_argument("--people", type=int, default=8000)
+    parser.add_argument("--each", type=int, default=6, help="pictures of everyone")
+    parser.add_argument("--pairs", type=int, default=7000, help="pictures of two people")
+    parser.add_argument("--side", type=int, default=128, help="pixels of a picture")
+    given = parser.parse_args(words)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    from tqdm import tqdm
+
+    todo = tasks(given.folder, given)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        waiting = [pool.submit(write_shard, *task) for task in todo]
+        for done in tqdm(waiting, desc="shards"):
+            done.result()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
