@@ -38,12 +38,13 @@ def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -
     folder = vae.parent / f"latents-{digest}-{side}"
     folder.mkdir(exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
     found = []
     for first in tqdm(range(0, count, PIECE), desc="latents"):
         file = folder / f"{first:08d}.safetensors"
         if not file.is_file():
             seen = pictures(source, range(first, first + PIECE), side).to(device)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):  # several times as fast on a CPU
                 latents = encode(autoencoder, seen).half().cpu().contiguous()
             part = file.with_name(f".part.{os.getpid()}.{file.name}")
             save_file({"latents": latents}, part)
