@@ -53,6 +53,7 @@ class Slow(Line):
 class Discs:
     """Discs in four colours at four places on 16 shades; a person is a disc with a stripe of a colour of its own."""
 
+    people = 1000
     words: Sequence[str] = ("a", "disc", "at", "the", *COLOURS, *PLACES)
 
     def caption(self, number: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...likeness import faces
 from .. import world
-from ..data import ShardAlbum, fit
+from ..data import PEOPLE, ShardAlbum, fit
 
 TWO = 8  # every so many pictures show two people
 FACE_PICTURE = 192  # pixels of what a face is cut out of
@@ -26,6 +26,7 @@ class World:
 
     split: str
     words: Sequence[str] | None = world.WORDS
+    people: int = PEOPLE
 
     def caption(self, number: int) -> str:
         return world.caption(scene_of(number))
@@ -53,6 +54,7 @@ class Shards:
         turns = range(max(counts))
         self._views = [(person, turn) for turn in turns for person, count in enumerate(counts) if turn < count]
         self._people = [person for person, count in enumerate(counts) if count > 1]
+        self.people = len(self._people)
 
     @cached_property
     def words(self) -> Sequence[str] | None:

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import cross_entropy, linear, normalize, one_hot
+from torch.nn.functional import (
+    affine_grid,
+    cross_entropy,
+    grid_sample,
+    interpolate,
+    linear,
+    normalize,
+    one_hot,
+)  # fmt: skip
 
 from ...likeness import own_file
 from ..task import Batch, Task
@@ -23,16 +31,22 @@ from .source import Source, sheet, some
 SIDE, VECTOR = 112, 512
 INPUT, OUTPUT = "input.1", "vector"
 TRIED = 32  # people of the check, each with two faces
+MOVED = (0.05, 0.04, 0.05, 0.05)  # roll in radians, size, x and y in halves of the side
+BLURS = (16, 24, 36, 56)  # pixels that remain of a blurred face's side
+LIT = (0.12, 0.06)  # of each channel: contrast and brightness, in halves of white
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions before which features are normed, beside the way past them (He et al. 1603.05027)."""
+    """Two 3 x 3 convolutions before which features are normed, beside the way past them (He et al. 1603.05027).
+
+    ReLU and not PReLU: that takes a CPU longer than the convolutions.
+    """
 
     def __init__(self, ins: int, outs: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.BatchNorm2d(ins), nn.Conv2d(ins, outs, 3, padding=1, bias=False), nn.BatchNorm2d(outs),
-            nn.PReLU(outs), nn.Conv2d(outs, outs, 3, 2, 1, bias=False), nn.BatchNorm2d(outs),
+            nn.ReLU(), nn.Conv2d(outs, outs, 3, 2, 1, bias=False), nn.BatchNorm2d(outs),
         )  # fmt: skip
         self.past = nn.Sequential(nn.Conv2d(ins, outs, 1, 2, bias=False), nn.BatchNorm2d(outs))
 
@@ -68,35 +82,40 @@ class Places(nn.Module):
         return (x * self.weight).sum((2, 3))
 
 
-def residual(width: int, depth: int) -> list[nn.Module]:
+def residual(width: int, depth: int, stride: int) -> list[nn.Module]:
     """Levels of residual blocks, each of half the side and up to eight times as wide."""
     widths = [width * min(2**i, 8) for i in range(depth + 1)]
     return [
-        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width),
+        nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
         *(Residual(a, b) for a, b in zip(widths, widths[1:], strict=False)),
     ]  # fmt: skip
 
 
-def separable(width: int, depth: int) -> list[nn.Module]:
-    """Levels of separable blocks, two each, behind a stem that reads every other pixel."""
+def separable(width: int, depth: int, stride: int) -> list[nn.Module]:
+    """Levels of separable blocks, two each, the first of half the side."""
     widths = [width * min(2**i, 8) for i in range(depth + 1)]
     levels = [(Separable(a, b), Separable(b, b, 1)) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-    stem = [nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
+    stem = [nn.Conv2d(3, width, 5, stride, 2, bias=False), nn.BatchNorm2d(width), nn.SiLU()]
     return [*stem, *(block for level in levels for block in level)]
 
 
-NETWORKS: Mapping[str, Callable[[int, int], list[nn.Module]]] = {"residual": residual, "separable": separable}
+NETWORKS: Mapping[str, Callable[[int, int, int], list[nn.Module]]] = {"residual": residual, "separable": separable}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`people` in training; cosines are scaled by `scale`, the right person's angle grows by `margin` (radians)."""
+    """`people` in training; cosines are scaled by `scale`, the right person's angle grows by `margin` (radians).
+
+    The first convolution reads every `stride`-th pixel. `disturb` is how much of `disturbed` faces bear.
+    """
 
     file: str = "recogniser"
     network: str = "residual"
     width: int = 24
     depth: int = 4
+    stride: int = 1
     people: int = 10000
+    disturb: float = 1.0
     scale: float = 32.0
     margin: float = 0.4
 
@@ -111,14 +130,20 @@ class Recogniser(Task):
     def __init__(self, settings: Settings, source: Source, seed: int) -> None:
         super().__init__()
         self.settings, self.source = settings, source
+        if settings.people + TRIED > source.people:
+            raise ValueError(
+                f"got people = {settings.people} in [task]; expected at most {source.people - TRIED}, as {TRIED} of the "
+                f"{source.people} that there are only check"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = build(settings)
+            self.network = build(settings).to(memory_format=torch.channels_last)
             self.people = nn.Parameter(torch.randn(settings.people, VECTOR) / VECTOR**0.5)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         people = some(chance, size, self.settings.people)
-        return {"faces": self._faces(people, chance), "people": torch.tensor(people)}
+        faces = disturbed(self._faces(people, chance), chance, self.settings.disturb)
+        return {"faces": faces, "people": torch.tensor(people)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         vectors = self.network(batch["faces"]).float()
@@ -128,7 +153,8 @@ class Recogniser(Task):
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Two faces of people outside the training, their mean cosines, and how often the likest face is the other."""
-        people = [self.settings.people + number for number in some(chance, TRIED, self.settings.people)]
+        outside = torch.randperm(self.source.people - self.settings.people, generator=chance)[:TRIED]
+        people = (outside + self.settings.people).tolist()
         first, second = (self._faces(people, chance).to(self.people.device) for _ in range(2))
         cosines = normalize(self.network(first)) @ normalize(self.network(second)).T
         right = torch.eye(TRIED, dtype=torch.bool, device=cosines.device)
@@ -147,7 +173,7 @@ class Recogniser(Task):
 
 def build(settings: Settings) -> nn.Module:
     """The network: [n, 3, 112, 112] from -1 to 1 to raw vectors [n, 512]."""
-    body = nn.Sequential(*NETWORKS[settings.network](settings.width, settings.depth))
+    body = nn.Sequential(*NETWORKS[settings.network](settings.width, settings.depth, settings.stride))
     with torch.no_grad():
         _, *shape = body.eval()(torch.zeros(1, 3, SIDE, SIDE)).shape
     head = (Places(*shape), nn.Linear(shape[0], VECTOR, bias=False), nn.BatchNorm1d(VECTOR))
@@ -157,6 +183,26 @@ def build(settings: Settings) -> nn.Module:
 def read(faces: list[Tensor]) -> Tensor:
     """Faces as the network reads them, by insightface's numbers: uint8 [112, 112, 3] each to [n, 3, 112, 112]."""
     return (torch.stack(faces).movedim(-1, 1).float() - 127.5) / 127.5
+
+
+def disturbed(faces: Tensor, chance: Generator, much: float) -> Tensor:
+    """Faces [n, 3, 112, 112] as detectors cut them and generators paint them: moved, blurred, of another light.
+
+    With `much` of 1: shifts of 3 pixels, 3 degrees and 4 % (one standard deviation), half of them blurred.
+    """
+    if not much:
+        return faces
+    n = len(faces)
+    roll, size, x, y = (much * torch.randn(4, n, generator=chance) * torch.tensor(MOVED)[:, None]).unbind()
+    cos, sin = roll.cos() * (1 + size), roll.sin() * (1 + size)
+    theta = torch.stack((torch.stack((cos, -sin, x), 1), torch.stack((sin, cos, y), 1)), 1)
+    moved = grid_sample(faces, affine_grid(theta, list(faces.shape), False), "bilinear", "border", False)
+    which = torch.randint(2 * len(BLURS), (n,), generator=chance)
+    for number, side in enumerate(BLURS):
+        small = interpolate(moved[which == number], size=(side, side), mode="area")
+        moved[which == number] = interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    gain, bias = much * torch.randn(2, n, 3, 1, 1, generator=chance) * torch.tensor(LIT)[:, None, None, None, None]
+    return moved * (1 + gain) + bias
 
 
 def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) -> Tensor:

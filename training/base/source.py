@@ -22,6 +22,11 @@ class Source(Protocol):
         """Every word of the captions, or None where they may hold any."""
         ...
 
+    @property
+    def people(self) -> int:
+        """How many people there are faces of."""
+        ...
+
     def caption(self, number: int) -> str: ...
 
     def picture(self, number: int, side: int) -> Tensor:

@@ -15,7 +15,7 @@ from comfy.latent_formats import SD15
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
-from torch.nn.functional import avg_pool2d, l1_loss
+from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ...likeness import own_file
 from ..task import Batch, Task, start
@@ -30,21 +30,23 @@ SCALES = 3  # of the pictures whose edges are compared: 1, 1/2, 1/4
 @dataclass(frozen=True)
 class Settings:
     """`side` in pixels, of which squares of `crop` are trained on; `noise` is the spread of what the decoder has to
-    bear, in latents of spread 1. `edges` and `moments` weigh what is beside the plain difference of pixels.
+    bear, in latents of spread 1. `squares`, `edges` and `moments` weigh what is beside the plain difference of pixels.
 
-    With a file to `begin` with, only its decoder goes on learning: what was trained on its latents stays valid.
+    It may `begin` with a file. Without `encoder` only the decoder learns: what was trained on its latents stays valid.
     """
 
     side: int = 128
     crop: int = 128
     noise: float = 0.05
-    edges: float = 1.0
+    squares: float = 4.0
+    edges: float = 0.3
     moments: float = 0.01
     begin: str = ""
+    encoder: bool = True
 
 
 class Vae(Task):
-    """Losses: the mean absolute difference of pixels and of their edges, and how far the latents are from normal."""
+    """Losses: the differences of pixels and of their edges, and how far the latents are from normal."""
 
     def __init__(self, settings: Settings, source: Source, seed: int) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class Vae(Task):
                 self.vae.load_state_dict(load(Path(settings.begin)).state_dict())
         self.vae.vae_scale.requires_grad_(False)
         self.vae.vae_shift.requires_grad_(False)
-        self.vae.taesd_encoder.requires_grad_(not settings.begin)
+        self.vae.taesd_encoder.requires_grad_(settings.encoder)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, crop = self.settings.side, min(self.settings.crop, self.settings.side)
@@ -75,6 +77,7 @@ class Vae(Task):
         made = self.vae.decode(latents + batch["noise"] * spread).float() / 2 + 0.5
         return {
             "pixels": l1_loss(made, asked),
+            "squares": self.settings.squares * mse_loss(made, asked),  # a small thing of a strong colour counts
             "edges": self.settings.edges * edges(made, asked),
             "moments": self.settings.moments * moments(latents * self.vae.vae_scale),
         }
