@@ -97,6 +97,18 @@ def build(spec: FusedSpec, tensors: Mapping[str, Tensor], operations: Any) -> Fu
     return module
 
 
+def tensors(adapter: FusedAdapter) -> dict[str, Tensor]:
+    """What a file of an adapter holds, by name."""
+    texts = {"text.hidden": adapter.text, "text.pooled": adapter.pooled}
+    layers = {path: adapter.at(path) for path in adapter.spec.layers}
+    weights = {
+        f"{path}.attn2.to_{part}_f.weight": getattr(layer, f"to_{part}_f").weight
+        for path, layer in layers.items()
+        for part in "kv"
+    }
+    return weights | {name: text for name, text in texts.items() if text is not None}
+
+
 def faces(identity: Identity) -> tuple[Tensor, Tensor]:
     """The pictures of an identity's faces, uint8 [n, H, W, 3], and their weights [n], those of weight 0 left out.
 

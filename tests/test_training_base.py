@@ -217,7 +217,7 @@ def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypa
     task.model.diffusion_model.out[2].weight.data.normal_(generator=chance(2))
     assert float(task(batch)["noise"].detach()) == pytest.approx(float(task(whole)["noise"].detach()), rel=1e-2)
     (piece,) = Path(settings.vae).parent.glob("latents-*-32/00000004.safetensors")
-    assert len(load_file(piece)["latents"]) == 4
+    assert len(load_file(piece)["kept"]) == 4
     first = piece.with_name("00000000.safetensors")
     stamps = first.stat().st_mtime_ns, piece.unlink()
     again = unet.TextToImage(settings, DISCS, 0).frozen.pool
