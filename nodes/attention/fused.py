@@ -126,7 +126,8 @@ class Fused(Extension):
     def _given(self, person: Bound, call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What every pass over a person's faces begins with: latents, their noise, and what is said of them."""
         module, n = self.adapter.patcher.model, len(person.latents)
-        noise = torch.randn(person.latents.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        drawn = person.latents[:1] if self.unfold else person.latents  # each face as if it were alone
+        noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).expand(n, -1, -1, -1)
         given = {"context": module.text.to(call.device, call.dtype).expand(n, -1, -1)}
         if module.pooled is not None:
             given["y"] = self._label(module.pooled, call).expand(n, -1)

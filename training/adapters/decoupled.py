@@ -90,16 +90,15 @@ class Decoupled(stack.AdapterTask[Settings]):
         self.read_pool(Path(settings.encoder))
         self.zero = self.encoder.zero()
         model: Any = self.frozen.model
-        self.sites = unet.sites(model.diffusion_model)
-        width = self.sites[0].context
-        needs, layers = (self.encoder.feature,), tuple(site.hidden for site in self.sites)
-        self.spec = AdapterSpec(reads.kind, BASE, settings.tokens, width, layers, needs)
-        self.adapter = build(settings, self.spec, self.zero.shape[-1])
-        self.held = stack.Held(self.adapter)
-        start(self.adapter, seed)
+        sites = unet.sites(model.diffusion_model)
+        needs, layers = (self.encoder.feature,), tuple(site.hidden for site in sites)
+        self.spec = AdapterSpec(reads.kind, BASE, settings.tokens, sites[0].context, layers, needs)
+        made: Any = build(settings, self.spec, self.zero.shape[-1])
+        self.adapter, self.held = made, stack.Held(made)
+        start(made, seed)
         with torch.no_grad():
-            for site in self.sites:
-                text, own = model.diffusion_model.get_submodule(f"{site.key}.attn2"), self.adapter.layer(site.name)
+            for site in sites:
+                text, own = model.diffusion_model.get_submodule(f"{site.key}.attn2"), made.layer(site.name)
                 own.k.weight.copy_(text.to_k.weight)
                 own.v.weight.copy_(text.to_v.weight)
 

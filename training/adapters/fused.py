@@ -44,6 +44,8 @@ class Settings(stack.Settings):
 
 
 class Fused(stack.AdapterTask[Settings]):
+    """No chance is in how it begins."""
+
     def __init__(self, settings: Settings, source: Source, _seed: int) -> None:
         super().__init__(settings, source)
         self.eye = Latents(Path(settings.vae), self.frozen.autoencoder, settings.face)

@@ -76,7 +76,7 @@ class Stack(unet.Frozen):
         super().__init__(clip.load_text(Path(settings.text)), vae.load(Path(settings.vae)))
         self.model = unet.load(Path(settings.unet)).eval().requires_grad_(False)
         self.unet = Held(self.model)
-        self.read: dict[int, Tensor] = {}
+        self.faces: dict[int, Tensor] = {}
 
 
 class AdapterTask(Task, Generic[Told]):
@@ -128,7 +128,7 @@ class AdapterTask(Task, Generic[Told]):
             return self.look([self.source.view(order[place % len(order)]) for place in places])
 
         read = latents.kept(file.parent / f"faces-{digest}", len(order), make)
-        self.frozen.read = dict(zip(order, read, strict=True))
+        self.frozen.faces = dict(zip(order, read, strict=True))
 
     def look(self, views: Sequence[View]) -> Tensor:
         """The faces of some pictures as they are read."""
@@ -136,28 +136,28 @@ class AdapterTask(Task, Generic[Told]):
         return self.reader.read(torch.stack([self.reader.cut(view) for view in views]), device)
 
     def batch(self, chance: Generator, size: int) -> Batch:
-        settings, latent = self.settings, self.settings.side // 8
-        who = [self.clusters[number] for number in some(chance, size, len(self.clusters))]
-        turns = zip(who, some(chance, size), some(chance, size), strict=True)
-        pairs = [self._pair(numbers, first, second) for numbers, first, second in turns]
-        made, seen = [number for number, _ in pairs], [number for _, number in pairs]
+        latent = self.settings.side // 8
+        turns = zip(some(chance, size, len(self.clusters)), some(chance, size), some(chance, size), strict=True)
+        pairs = [self._pair(self.clusters[who], first, second) for who, first, second in turns]
+        made, seen = zip(*pairs, strict=True)
         no_text, no_face, neither = torch.tensor(self.parts).cumsum(0).tolist()
         die = torch.rand(size, generator=chance)
         faceless = (die >= no_text) & (die < neither)
         silent = ((die < no_text) | ((die >= no_face) & (die < neither))).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(made, silent, strict=True)]
-        shown: Batch
-        if self.frozen.pool is None:
-            cuts = torch.stack([self.reader.cut(self.source.view(number)) for number in seen])
-            shown = {"pictures": pictures(self.source, made, settings.side), "cuts": cuts}
-        else:
-            read = torch.stack([self.frozen.read[number] for number in seen]).float()
-            shown = {"latents": self.frozen.pool[made].float(), "read": read}
         return {
-            **shown, "tokens": clip.tokenize(self.tokenizer, texts), "faceless": faceless,
+            **self._shown(made, seen), "tokens": clip.tokenize(self.tokenizer, texts), "faceless": faceless,
             "noise": torch.randn(size, 4, latent, latent, generator=chance),
             "times": torch.randint(self.frozen.model.model_sampling.num_timesteps, (size,), generator=chance),
         }  # fmt: skip
+
+    def _shown(self, made: Sequence[int], seen: Sequence[int]) -> Batch:
+        """Pictures to make and faces to read, as they are or as a pool has them."""
+        if self.frozen.pool is None:
+            cuts = torch.stack([self.reader.cut(self.source.view(number)) for number in seen])
+            return {"pictures": pictures(self.source, made, self.settings.side), "cuts": cuts}
+        read = torch.stack([self.frozen.faces[number] for number in seen])
+        return {"latents": self.frozen.pool[list(made)].float(), "read": read.float()}
 
     def _pair(self, numbers: Sequence[int], first: int, second: int) -> tuple[int, int]:
         """A picture to make and one to read the face from."""
