@@ -237,7 +237,7 @@ side = 64
 @pytest.mark.parametrize(
     ("change", "what", "message"),
     [
-        (("side = 64", "size = 64"), "vae", r"got size in \[task\]; expected none but side, noise"),
+        (("side = 64", "size = 64"), "vae", r"got size in \[task\]; expected none but side, crop, noise"),
         (("batch = 2", "batches = 2"), "vae", r"got batches in \[run\]; expected none but folder, steps, batch"),
         (("batch = 2", ""), "vae", r"got no batch in \[run\]"),
         (("steps = 10", 'steps = "10"'), "vae", r"got '10' for steps in \[run\]; expected int"),

@@ -110,7 +110,7 @@ class Latents:
         return faces.pixels(fused.sized(head(view)[None], self.side)[0])
 
     def read(self, cuts: Tensor, device: torch.device) -> Tensor:
-        return latents.encode(self.autoencoder, cuts.to(device).movedim(-1, 1).float() / 255)
+        return latents.quickly(self.autoencoder, cuts.to(device).movedim(-1, 1).float() / 255)
 
 
 def head(view: View) -> Tensor:

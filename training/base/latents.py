@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy.taesd.taesd import TAESD
@@ -23,6 +24,14 @@ def encode(autoencoder: TAESD, seen: Tensor) -> Tensor:
     return autoencoder.to(seen.device).encode(seen * 2 - 1)
 
 
+@torch.no_grad()
+def quickly(autoencoder: TAESD, seen: Tensor) -> Tensor:
+    """The same in bfloat16, several times as fast on a CPU."""
+    module: Any = autoencoder
+    with torch.autocast(seen.device.type, torch.bfloat16):
+        return encode(module.to(memory_format=torch.channels_last), seen).float()
+
+
 def decode(autoencoder: TAESD, latents: Tensor) -> Tensor:
     """Latents to pictures [n, 3, H, W] from 0 to 1."""
     return (autoencoder.to(latents.device).decode(latents) / 2 + 0.5).clamp(0, 1)
@@ -37,12 +46,9 @@ def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -
     first_picture = source.picture(0, side).contiguous().numpy().tobytes()
     digest = hashlib.sha256(vae.read_bytes() + first_picture).hexdigest()[:8]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
 
     def make(numbers: range) -> Tensor:
-        seen = pictures(source, numbers, side).to(device)
-        with torch.autocast(device.type, torch.bfloat16):  # several times as fast on a CPU
-            return encode(autoencoder, seen)
+        return quickly(autoencoder, pictures(source, numbers, side).to(device))
 
     return kept(vae.parent / f"latents-{digest}-{side}", count, make)
 

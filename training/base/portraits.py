@@ -54,9 +54,13 @@ class Shards:
         self._views = [(person, turn) for turn in turns for person, count in enumerate(counts) if turn < count]
         self._people = [person for person, count in enumerate(counts) if count > 1]
 
-    @cached_property
+    @property
     def words(self) -> Sequence[str] | None:
         """Every word of the captions, as all of them are read; None where there are too many to be a closed list."""
+        return self._words
+
+    @cached_property
+    def _words(self) -> Sequence[str] | None:
         said = {word for number in range(len(self)) for word in re.findall(r"\w+", self.caption(number))}
         return sorted(said) if len(said) < CLOSED else None
 
