@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 import comfy.ldm.modules.attention as attention
 import pytest
 import torch
-from comfyui_likeness.likeness import faces
+from comfyui_likeness.likeness import faces, keymaps, own_decoupled
+from comfyui_likeness.likeness.spec import AdapterSpec, Feature
+from comfyui_likeness.nodes.attention.unet import sites as attention_sites
 from comfyui_likeness.tools import standin_models
 from comfyui_likeness.training import data, loop, tasks
+from comfyui_likeness.training.adapters import decoupled
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
+from golden import GOLDEN
 from PIL import Image
 from torch import Tensor, nn
 from trainings import DISCS
@@ -51,6 +57,33 @@ def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.Mon
     assert names == published_sd15()
     assert sum(value.numel() for value in pair.vision.parameters()) == 303966208  # CLIP ViT-L/14's, with its projection
     assert face.shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "layout"),
+    [("arcface", 512, "ip-adapter-faceid_sd15"), ("image", 1280, "ip-adapter-plus_sd15")],
+)
+def test_adapters_of_real_scale_are_the_published_ones_and_take_a_step(name: str, features: int, layout: str) -> None:
+    file = ROOT / "training" / "configs" / "eight_gpus" / f"decoupled_{name}.toml"
+    run, about = tasks.settings("decoupled", file)
+    assert (run.batch, run.rate, run.decay, run.steps, about.snr) == (8, 1e-4, 0.01, 1000000, math.inf)
+    shapes = json.loads((GOLDEN / "ip_adapter" / "layouts" / f"{layout}.json").read_text())
+    published = {key: tuple(shape) for key, shape in shapes.items() if "_lora." not in key}
+    kind = decoupled.READS[about.reads].kind
+    with torch.device("meta"):
+        net = unet.base_model(unet.config(tasks.settings("unet", file.with_name("unet.toml"))[1], 768)).diffusion_model
+        sites = attention_sites(net)
+        need = Feature("x", "y", "z")
+        spec = AdapterSpec(kind, "SD1.5", about.tokens, 768, tuple(site.hidden for site in sites), (need,))
+        module = decoupled.build(about, spec, features).requires_grad_(True)
+        faces = torch.zeros(2, features) if name == "arcface" else torch.zeros(2, 257, features)
+        tokens = module.projector(faces)
+        pairs = [module.project(site.name, tokens) for site in sites]
+    torch.stack([part.square().mean() for pair in pairs for part in pair]).sum().backward()
+    assert all(value.grad is not None for value in module.parameters())
+    torch.optim.SGD(loop.groups(module, run.decay), lr=run.rate).step()
+    saved = keymaps.rename(module.state_dict(), own_decoupled.PUBLISHED)
+    assert {key: tuple(value.shape) for key, value in saved.items()} == published
 
 
 def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:
