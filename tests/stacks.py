@@ -24,6 +24,7 @@ SIDE = 128
 # The vision tower is of the demo's own size, by which the pack knows it.
 TOWERS = clip.Settings(width=32, layers=1, heads=2, vision_width=128, vision_layers=4, vision_heads=4)
 UNET: dict[str, Any] = {"side": SIDE, "channels": 32, "levels": (1, 1, 2, 1), "depth": (1, 1, 1, 0), "heads": 2}
+UNET |= {"checkpointing": True}  # as a large one is trained
 FACES = recogniser.Settings(width=4, depth=4, people=2)
 FILES = {"vae": vae.FILE, "text": clip.TEXT, "unet": unet.FILE}
 RECOGNISER = "recogniser.onnx"

@@ -198,7 +198,8 @@ def load(file: Path) -> BaseModel:
         with safe_open(file, "pt") as opened:
             told = json.loads((opened.metadata() or {})["likeness"])
             tensors = {key.removeprefix(PREFIX): opened.get_tensor(key).float() for key in opened.keys()}
-        model = base_model(told["settings"]["config"])
+        # The host's checkpointing knows no weights without a gradient, as those of a frozen model are.
+        model = base_model({**told["settings"]["config"], "use_checkpoint": False})
         model.diffusion_model.load_state_dict(tensors)
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a UNet; train it first") from error
