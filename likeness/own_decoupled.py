@@ -46,10 +46,16 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
     if missing:
         raise ValueError(f"got {file} without {missing[0]}; expected a whole projector; fetch the file again")
     layers, width = detect.layers_of(shapes, file)
+    try:
+        tokens = row.tokens(shapes)
+    except (IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"got {file}, whose projector is misshapen; expected that of {told['adapter']}; fetch the file again"
+        ) from error
     return AdapterSpec(
         kind=told["adapter"],
         base=told["base"],
-        tokens=row.tokens(shapes),
+        tokens=tokens,
         width=width,
         layers=layers,
         needs=tuple(_feature(name, file) for name in told["needs"]),

@@ -281,4 +281,6 @@ def test_the_metadata_of_a_trained_file_is_checked(stack: Path, folder: Path) ->
     whole = renamed | {name: torch.zeros(1, 4, 8) for name in own_decoupled.ROWS["plus"].names}
     with pytest.raises(ValueError, match="got f, which needs 'face'; expected <network>.<layer>.<crop>"):
         own_decoupled.read_spec(whole, {**told, "needs": ["face"]}, "f")
+    with pytest.raises(ValueError, match="got f, whose projector is misshapen; expected that of plus"):
+        own_decoupled.read_spec({**whole, "projector.latents": torch.zeros(4)}, told, "f")
     assert own_decoupled.read_spec(whole, told, "f").tokens == 4 and len(tensors) > 40

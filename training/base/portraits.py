@@ -74,7 +74,7 @@ class Shards:
         """
         found: dict[int, list[int]] = {person: [] for person in self._people}
         for number, (person, _) in enumerate(self._views[:below]):
-            if len(found.get(person, range(each))) < each:
+            if person in found and len(found[person]) < each:
                 found[person].append(number)
         return [numbers for numbers in found.values() if len(numbers) > 1][:people]
 
