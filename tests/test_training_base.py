@@ -211,7 +211,7 @@ def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypa
     pool = task.frozen.pool
     assert pool is not None and pool.shape == (6, 4, 4, 4)
     seen = latents.encode(task.frozen.autoencoder, source.pictures(DISCS, range(6), 32))
-    assert torch.allclose(pool.float(), seen, atol=3e-2)  # bfloat16
+    assert torch.allclose(pool.float(), seen, atol=6e-2)  # bfloat16
     batch = task.batch(chance(1), 5)
     assert {tuple(row.flatten().tolist()) for row in batch["latents"]} <= {
         tuple(row.flatten().tolist()) for row in pool.float()

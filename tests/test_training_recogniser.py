@@ -17,7 +17,7 @@ from comfyui_likeness.training.task import chance
 from torch import Tensor, nn
 from trainings import DISCS, Discs, fit
 
-SMALL_FACES = recogniser.Settings(width=16, depth=3, people=6)
+SMALL_FACES = recogniser.Settings(width=16, depth=3, people=6, disturb=0.0)
 
 
 @pytest.mark.parametrize("network", list(recogniser.NETWORKS))
@@ -40,6 +40,25 @@ def test_insightface_runs_the_recogniser(network: str, tmp_path: Path, models: P
     assert seen.shape == (512,) and (seen - expected).norm() < 0.01 * expected.norm()
     weights = sum(value.numel() for value in made[0].network.parameters())
     assert Path(found.recogniser.model_file).stat().st_size < 2.2 * weights + 20000
+
+
+def test_disturbed_faces_are_moved_blurred_and_lit() -> None:
+    faces = recogniser.read([DISCS.face(person, 3) for person in range(32)])
+    assert recogniser.disturbed(faces, chance(1), 0.0) is faces
+    seen = recogniser.disturbed(faces, chance(1), 1.0)
+    assert torch.equal(seen, recogniser.disturbed(faces, chance(1), 1.0))
+    away = (seen - faces).square().mean((1, 2, 3)).sqrt()
+    assert (away > 0.01).all() and (away < 1).all() and len({round(float(value), 5) for value in away}) == 32
+    edges = seen.diff(dim=-1).abs().amax((1, 2, 3)) / faces.diff(dim=-1).abs().amax((1, 2, 3))
+    assert 4 < (edges < 0.7).sum() < 28  # about half of them are blurred
+    little = recogniser.disturbed(faces, chance(1), 1e-6)
+    sharp = (little - faces).abs().amax((1, 2, 3)) < 1e-2
+    assert 4 < sharp.sum() < 28
+
+
+def test_more_people_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected at most 968"):
+        recogniser.Recogniser(replace(SMALL_FACES, people=1000), DISCS, 0)
 
 
 def test_the_margin_is_arcfaces() -> None:

@@ -132,12 +132,13 @@ class Recogniser(Task):
         self.settings, self.source = settings, source
         if settings.people + TRIED > source.people:
             raise ValueError(
-                f"got people = {settings.people} in [task]; expected at most {source.people - TRIED}, as {TRIED} of the "
-                f"{source.people} that there are only check"
+                f"got people = {settings.people} in [task]; expected at most {source.people - TRIED}, "
+                f"as {TRIED} of the {source.people} that there are only check"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = build(settings).to(memory_format=torch.channels_last)
+            network: Any = build(settings)
+            self.network: nn.Module = network.to(memory_format=torch.channels_last)
             self.people = nn.Parameter(torch.randn(settings.people, VECTOR) / VECTOR**0.5)
 
     def batch(self, chance: Generator, size: int) -> Batch:
