@@ -32,6 +32,7 @@ FACE_SIZE = 512
 FAINT = 1e-2  # directions that a matrix hardly knows are not blown up to make up for it
 NAME = re.compile(r"(.+)\.attn2\.to_([kv])_f\.weight")
 TEXTS = ("text.hidden", "text.pooled")
+PARTS = ("to_k_f", "to_v_f")
 
 
 class FusedLayer(nn.Module):
@@ -95,6 +96,15 @@ def build(spec: FusedSpec, tensors: Mapping[str, Tensor], operations: Any) -> Fu
     named = {key: NAME.fullmatch(key) for key in weights}
     keymaps.load(module.layers, {f"{_name(m[1])}.to_{m[2]}_f.weight": weights[key] for key, m in named.items() if m})
     return module
+
+
+def tensors(adapter: FusedAdapter) -> dict[str, Tensor]:
+    """What the file of an adapter holds, by name."""
+    texts: Mapping[str, Any] = {"text.hidden": adapter.text, "text.pooled": adapter.pooled}
+    layers: Mapping[str, Any] = {path: adapter.at(path) for path in adapter.spec.layers}
+    parts = {f"{path}.attn2.{part}": getattr(layer, part) for path, layer in layers.items() for part in PARTS}
+    weights = {f"{name}.weight": part.weight for name, part in parts.items()}
+    return weights | {name: text for name, text in texts.items() if text is not None}
 
 
 def faces(identity: Identity) -> tuple[Tensor, Tensor]:

@@ -237,7 +237,7 @@ side = 64
 @pytest.mark.parametrize(
     ("change", "what", "message"),
     [
-        (("side = 64", "size = 64"), "vae", r"got size in \[task\]; expected none but side, noise"),
+        (("side = 64", "size = 64"), "vae", r"got size in \[task\]; expected none but side, crop, noise"),
         (("batch = 2", "batches = 2"), "vae", r"got batches in \[run\]; expected none but folder, steps, batch"),
         (("batch = 2", ""), "vae", r"got no batch in \[run\]"),
         (("steps = 10", 'steps = "10"'), "vae", r"got '10' for steps in \[run\]; expected int"),
@@ -265,7 +265,7 @@ def test_what_a_config_gets_wrong_is_said(tmp_path: Path, change: tuple[str, str
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_configs_are_read(file: Path) -> None:
-    what = {"judge": "recogniser"}.get(file.stem, file.stem)
+    what = {"judge": "recogniser"}.get(file.stem, file.stem.partition("_")[0])
     run, about = tasks.settings(what, file)
     assert run.steps > 100 and asdict(about)
     assert run.folder == f"artifacts/training/{file.parent.name}/{file.stem}"

@@ -186,12 +186,17 @@ def test_the_host_samples_the_unet(trained: Path) -> None:
 
 
 def test_the_loss_is_the_noises(trained: Path) -> None:
-    task = unet.TextToImage(small_unet(trained), DISCS, 0)
+    task = unet.TextToImage(replace(small_unet(trained), snr=math.inf), DISCS, 0)
     batch = task.batch(chance(1), 6)
     # Its last layer begins at 0: it says that there is no noise.
     assert float(task(batch)["noise"].detach()) == pytest.approx(float(batch["noise"].square().mean()), rel=1e-3)
     clear = task.model.process_latent_in(latents.encode(task.frozen.autoencoder, batch["pictures"]))
     sigma = task.model.model_sampling.sigma(batch["times"])[:, None, None, None]
+    each = batch["noise"].square().mean((1, 2, 3))
+    weighed = unet.TextToImage(small_unet(trained), DISCS, 0)(batch)["noise"]  # min(SNR, 5) / SNR each
+    assert float(weighed.detach()) == pytest.approx(
+        float((each * (5 * sigma.flatten() ** 2).clamp(max=1)).mean()), rel=1e-3
+    )
     scaled = (clear + sigma * batch["noise"]) / (1 + sigma**2) ** 0.5
     given: list[Tensor] = []
     task.model.diffusion_model.input_blocks[0][0].register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -206,7 +211,7 @@ def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypa
     pool = task.frozen.pool
     assert pool is not None and pool.shape == (6, 4, 4, 4)
     seen = latents.encode(task.frozen.autoencoder, source.pictures(DISCS, range(6), 32))
-    assert torch.allclose(pool.float(), seen, atol=1e-2)
+    assert torch.allclose(pool.float(), seen, atol=3e-2)  # bfloat16
     batch = task.batch(chance(1), 5)
     assert {tuple(row.flatten().tolist()) for row in batch["latents"]} <= {
         tuple(row.flatten().tolist()) for row in pool.float()
@@ -217,7 +222,7 @@ def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypa
     task.model.diffusion_model.out[2].weight.data.normal_(generator=chance(2))
     assert float(task(batch)["noise"].detach()) == pytest.approx(float(task(whole)["noise"].detach()), rel=1e-2)
     (piece,) = Path(settings.vae).parent.glob("latents-*-32/00000004.safetensors")
-    assert len(load_file(piece)["latents"]) == 4
+    assert len(load_file(piece)["kept"]) == 4
     first = piece.with_name("00000000.safetensors")
     stamps = first.stat().st_mtime_ns, piece.unlink()
     again = unet.TextToImage(settings, DISCS, 0).frozen.pool
@@ -241,7 +246,7 @@ def test_captions_are_dropped(trained: Path) -> None:
 
 def test_the_unet_learns_and_drawing_leaves_no_trace(trained: Path, tmp_path: Path) -> None:
     def make() -> unet.TextToImage:
-        return unet.TextToImage(small_unet(trained), DISCS, 0)
+        return unet.TextToImage(replace(small_unet(trained), snr=math.inf), DISCS, 0)
 
     plain, losses = fit(make, tmp_path / "plain", steps=8, batch=4, warmup=0)
     drawn, others = fit(make, tmp_path / "drawn", steps=8, batch=4, warmup=0, draw_every=3)

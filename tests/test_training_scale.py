@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention as attention
+import comfy.ops
 import pytest
 import torch
-from comfyui_likeness.likeness import faces
+from comfy.model_patcher import ModelPatcher
+from comfyui_likeness.likeness import faces, keymaps, own_decoupled
+from comfyui_likeness.likeness import fused as fused_math
+from comfyui_likeness.likeness.bank import MemoryBank
+from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedSpec, Identity
+from comfyui_likeness.nodes.attention import decoupled as decoupled_node
+from comfyui_likeness.nodes.attention import fused as fused_node
+from comfyui_likeness.nodes.attention import patch
+from comfyui_likeness.nodes.attention.injection import ALWAYS, Injection
+from comfyui_likeness.nodes.attention.unet import sites as attention_sites
+from comfyui_likeness.nodes.types import LoadedAdapter, LoadedFused
 from comfyui_likeness.tools import standin_models
 from comfyui_likeness.training import data, loop, tasks
+from comfyui_likeness.training.adapters import decoupled
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
+from golden import GOLDEN
 from PIL import Image
 from torch import Tensor, nn
 from trainings import DISCS
 
 ROOT = Path(__file__).resolve().parents[1]
+EIGHT_GPUS = ROOT / "training" / "configs" / "eight_gpus"
+META = torch.device("meta")
 
 
 def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
@@ -35,10 +52,9 @@ def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
 
 def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)  # which run.py asks for
-    folder = ROOT / "training" / "configs" / "eight_gpus"
-    _, about = tasks.settings("unet", folder / "unet.toml")
-    _, towers = tasks.settings("clip", folder / "clip.toml")
-    _, faces = tasks.settings("recogniser", folder / "recogniser.toml")
+    _, about = tasks.settings("unet", EIGHT_GPUS / "unet.toml")
+    _, towers = tasks.settings("clip", EIGHT_GPUS / "clip.toml")
+    _, faces = tasks.settings("recogniser", EIGHT_GPUS / "recogniser.toml")
     with torch.device("meta"):
         net = unet.base_model(unet.config(about, towers.width)).diffusion_model.requires_grad_(True)
         pair = clip.ClipPair(towers, DISCS, 0)
@@ -51,6 +67,67 @@ def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.Mon
     assert names == published_sd15()
     assert sum(value.numel() for value in pair.vision.parameters()) == 303966208  # CLIP ViT-L/14's, with its projection
     assert face.shape == (2, 512)
+
+
+def sd15(monkeypatch: pytest.MonkeyPatch) -> ModelPatcher:
+    """The UNet of real scale, frozen, as a MODEL on no device."""
+    for module in (attention, patch):
+        monkeypatch.setattr(module, "optimized_attention", attention.attention_pytorch)  # which run.py asks for
+    about = tasks.settings("unet", EIGHT_GPUS / "unet.toml")[1]
+    with META:
+        model = unet.base_model({**unet.config(about, 768), "use_checkpoint": False}).requires_grad_(False)
+    return ModelPatcher(model, META, META)
+
+
+def adapter_step(held: ModelPatcher, injection: Injection, adapter: nn.Module) -> None:
+    """The step of an adapter in a model, for two rows."""
+    latent, text = torch.zeros(2, 4, 64, 64, device=META), torch.zeros(2, 77, 768, device=META)
+    given = unet.Noised(latent, torch.ones(2, device=META), latent)
+    options = patch.directly(patch.attach(held, injection), 1.0)
+    unet.wrong_noise(held.model, given, math.inf, c_crossattn=text, **options).backward()
+    assert all(value.grad is not None for value in adapter.parameters())
+    torch.optim.SGD(loop.groups(adapter, 0.01), lr=0.1).step()
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "layout"),
+    [("arcface", (512,), "ip-adapter-faceid_sd15"), ("image", (257, 1280), "ip-adapter-plus_sd15")],
+)
+def test_decoupled_attention_of_real_scale_is_the_published_one_and_takes_a_step(
+    monkeypatch: pytest.MonkeyPatch, name: str, features: tuple[int, ...], layout: str
+) -> None:
+    run, about = tasks.settings("decoupled", EIGHT_GPUS / f"decoupled_{name}.toml")
+    assert (run.batch, run.rate, run.decay, run.steps, about.snr) == (8, 1e-4, 0.01, 1000000, math.inf)
+    held, kind, read = sd15(monkeypatch), decoupled.READS[about.reads].kind, Feature("x", "y", "z")
+    sites = attention_sites(held.model.diffusion_model)
+    spec = AdapterSpec(kind, "SD1.5", about.tokens, 768, tuple(site.hidden for site in sites), (read,))
+    with META:
+        module = decoupled.build(about, spec, features[-1]).requires_grad_(True)
+        rows, zero = torch.zeros(2, *features), torch.zeros(1, *features)
+    key, two = read.id("0" * 64), torch.ones(2)
+    who = Identity("batch", two, two, two, two, embeddings={key: rows}, zeros={key: zero})
+    loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, name)
+    spread = decoupled_node.shares(sites, "SD1.5", "linear", "")
+    injection = decoupled_node.Decoupled(loaded, who, spread, 1.0, "V only", 1.0, True, None, ALWAYS)
+    adapter_step(held, injection, module)
+    saved = keymaps.rename(module.state_dict(), own_decoupled.PUBLISHED)
+    shapes = json.loads((GOLDEN / "ip_adapter" / "layouts" / f"{layout}.json").read_text())
+    published = {key: tuple(shape) for key, shape in shapes.items() if "_lora." not in key}
+    assert {key: tuple(value.shape) for key, value in saved.items()} == published
+
+
+def test_fused_kv_of_real_scale_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, about = tasks.settings("fused", EIGHT_GPUS / "fused.toml")
+    held = sd15(monkeypatch)
+    layers = {site.key: site.hidden for site in attention_sites(held.model.diffusion_model)}
+    spec = FusedSpec("SD1.5", about.noise, about.face, layers)
+    with META:
+        module = fused_math.FusedAdapter(spec, torch.zeros(77, 768), None, comfy.ops.disable_weight_init)
+        faces = torch.zeros(2, 4, about.face // 8, about.face // 8)
+    loaded = LoadedFused(spec, ModelPatcher(module, META, META), MemoryBank(0), "fused")
+    people = [fused_node.Bound(faces, [1.0] * 2, None, "")]
+    places = fused_node.fitting(spec, held)
+    adapter_step(held, fused_node.Fused(loaded, held, places, people, "all", ALWAYS, unfold=True), module)
 
 
 def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
+from .adapters import decoupled, fused
 from .base import clip, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
@@ -19,6 +20,8 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "clip": (clip.Settings, clip.ClipPair),
     "unet": (unet.Settings, unet.TextToImage),
     "recogniser": (recogniser.Settings, recogniser.Recogniser),
+    "decoupled": (decoupled.Settings, decoupled.Decoupled),
+    "fused": (fused.Settings, fused.Fused),
 }
 
 

@@ -46,7 +46,10 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Fused(Extension):
-    """People bound to a fused KV adapter (injection.Extension). The negative prompt's rows see none of them."""
+    """People bound to a fused KV adapter (injection.Extension). The negative prompt's rows see none of them.
+
+    With `unfold`, face i is seen by row i alone, of as many as there are faces, at its own noise; all weigh 1.
+    """
 
     adapter: types.LoadedFused
     model: ModelPatcher
@@ -54,6 +57,7 @@ class Fused(Extension):
     people: Sequence[Bound]
     outside: str
     window: Window
+    unfold: bool = False
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -97,7 +101,9 @@ class Fused(Extension):
             )
             for place, path in self.paths.items():
                 hidden = seen[place]
-                k, v = (part.flatten(0, 1)[None] for part in module.at(path)(hidden))
+                k, v = module.at(path)(hidden)
+                if not self.unfold:
+                    k, v = (part.flatten(0, 1)[None] for part in (k, v))
                 bias = math.key_bias(person.weights, hidden.shape[1])
                 blocks[place].append(Block(k, v, None if bias is None else bias.to(call.device)))
         held.key, held.blocks = key, blocks
@@ -110,14 +116,18 @@ class Fused(Extension):
         time = torch.zeros_like(call.timesteps[:1])
         if self.match:
             sampling, sigma = model.model_sampling, torch.full((len(x),), call.sigma or 0.0, device=x.device)
-            x = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, x))
             time = call.timesteps[:1]
+            if self.unfold:
+                time = call.timesteps[: len(x)]
+                sigma = sampling.sigma(time)
+            x = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, x))
         return inputs(model.diffusion_model, x.to(call.dtype), time.expand(len(x)), places=self.places, **given)
 
     def _given(self, person: Bound, call: Call) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What every pass over a person's faces begins with: latents, their noise, and what is said of them."""
         module, n = self.adapter.patcher.model, len(person.latents)
-        noise = torch.randn(person.latents.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        drawn = person.latents[:1] if self.unfold else person.latents  # each face as if it were alone
+        noise = torch.randn(drawn.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).expand(n, -1, -1, -1)
         given = {"context": module.text.to(call.device, call.dtype).expand(n, -1, -1)}
         if module.pooled is not None:
             given["y"] = self._label(module.pooled, call).expand(n, -1)
@@ -149,14 +159,19 @@ def fitting(spec: FusedSpec, model: ModelPatcher) -> dict[Place, str]:
     return {Place("attn2", site.block, site.depth, site.deep): site.key for site in found}
 
 
+def sized(crops: Tensor, side: int) -> Tensor:
+    """Face pictures, uint8 [n, H, W, 3], as the VAE reads them: [n, side, side, 3] from 0 to 1."""
+    pictures = comfy.utils.common_upscale(crops.movedim(-1, 1).float() / 255, side, side, "bicubic", "center")
+    return pictures.movedim(1, -1).clamp(0, 1)
+
+
 def bound(model: ModelPatcher, vae: Any, people: People, strength: float, side: int) -> list[tuple[Bound, Tensor]]:
     """People as the model reads them, and the pictures of their faces [n, side, side, 3]; those of strength 0 not."""
     out = []
     for person in people:
         if strength * person.strength:
             crops, weight = math.faces(person.identity)
-            pictures = comfy.utils.common_upscale(crops.movedim(-1, 1).float() / 255, side, side, "bicubic", "center")
-            pictures = pictures.movedim(1, -1).clamp(0, 1)
+            pictures = sized(crops, side)
             own = [strength * person.strength * one for one in weight.tolist()]
             made = latents(model, vae, pictures)
             out.append((Bound(made, own, person.mask, digest(made)), pictures))

@@ -132,6 +132,14 @@ def branches(model: ModelPatcher) -> tuple[Branch, ...]:
     return _hooks(model).branches
 
 
+def directly(model: ModelPatcher, sigma: float) -> dict[str, Any]:
+    """What a model's own apply_model is given for its injections to take part without a sampler, as in training.
+
+    Every row counts as the positive prompt's. `sigma` is the noise of the rows, or the most of any.
+    """
+    return {OPTIONS: {**model.model_options[OPTIONS], "wrappers": model.wrappers, SIGMA: sigma}}
+
+
 def inputs(
     unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[Place], **given: Any
 ) -> dict[Place, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy.taesd.taesd import TAESD
@@ -22,6 +24,14 @@ def encode(autoencoder: TAESD, seen: Tensor) -> Tensor:
     return autoencoder.to(seen.device).encode(seen * 2 - 1)
 
 
+@torch.no_grad()
+def quickly(autoencoder: TAESD, seen: Tensor) -> Tensor:
+    """The same in bfloat16, several times as fast on a CPU."""
+    module: Any = autoencoder
+    with torch.autocast(seen.device.type, torch.bfloat16):
+        return encode(module.to(memory_format=torch.channels_last), seen).float()
+
+
 def decode(autoencoder: TAESD, latents: Tensor) -> Tensor:
     """Latents to pictures [n, 3, H, W] from 0 to 1."""
     return (autoencoder.to(latents.device).decode(latents) / 2 + 0.5).clamp(0, 1)
@@ -30,23 +40,33 @@ def decode(autoencoder: TAESD, latents: Tensor) -> Tensor:
 def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -> Tensor:
     """The latents of a source's first `count` pictures, float16 [count, 4, side / 8, side / 8].
 
-    They are kept beside the VAE's file in pieces, under a hash of it and of the first picture, which tells one source
-    from another: what was made before an interruption is there.
+    They are kept beside the VAE's file, under a hash of it and of the first picture, which tells one source from
+    another.
     """
     first_picture = source.picture(0, side).contiguous().numpy().tobytes()
     digest = hashlib.sha256(vae.read_bytes() + first_picture).hexdigest()[:8]
-    folder = vae.parent / f"latents-{digest}-{side}"
-    folder.mkdir(exist_ok=True)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    def make(numbers: range) -> Tensor:
+        return quickly(autoencoder, pictures(source, numbers, side).to(device))
+
+    return kept(vae.parent / f"latents-{digest}-{side}", count, make)
+
+
+def kept(folder: Path, count: int, make: Callable[[range], Tensor]) -> Tensor:
+    """What `make` gives of the first `count` numbers, float16, made once and kept in a folder.
+
+    That is done in pieces, so that what was made before an interruption is there; the last piece goes beyond `count`.
+    """
+    folder.mkdir(exist_ok=True)
     found = []
-    for first in tqdm(range(0, count, PIECE), desc="latents"):
+    for first in tqdm(range(0, count, PIECE), desc=folder.name):
         file = folder / f"{first:08d}.safetensors"
         if not file.is_file():
-            seen = pictures(source, range(first, first + PIECE), side).to(device)
             with torch.no_grad():
-                latents = encode(autoencoder, seen).half().cpu().contiguous()
+                made = make(range(first, first + PIECE)).half().cpu().contiguous()
             part = file.with_name(f".part.{os.getpid()}.{file.name}")
-            save_file({"latents": latents}, part)
+            save_file({"kept": made}, part)
             os.replace(part, file)
-        found.append(load_file(file)["latents"])
+        found += load_file(file).values()  # of one tensor
     return torch.cat(found)[:count]

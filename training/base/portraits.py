@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...likeness import faces
 from .. import world
-from ..data import ShardAlbum, fit
+from ..data import ShardAlbum, View, fit
 
 TWO = 8  # every so many pictures show two people
 FACE_PICTURE = 192  # pixels of what a face is cut out of
@@ -54,20 +54,39 @@ class Shards:
         self._views = [(person, turn) for turn in turns for person, count in enumerate(counts) if turn < count]
         self._people = [person for person, count in enumerate(counts) if count > 1]
 
-    @cached_property
+    @property
     def words(self) -> Sequence[str] | None:
         """Every word of the captions, as all of them are read; None where there are too many to be a closed list."""
+        return self._words
+
+    @cached_property
+    def _words(self) -> Sequence[str] | None:
         said = {word for number in range(len(self)) for word in re.findall(r"\w+", self.caption(number))}
         return sorted(said) if len(said) < CLOSED else None
 
     def __len__(self) -> int:
         return len(self._views)
 
+    def clusters(self, below: int, people: int, each: int) -> list[list[int]]:
+        """The pictures of people with several, by number: up to `each` of everyone, of those below `below`.
+
+        Of at most so many `people`; who has fewer than two pictures there is left out.
+        """
+        found: dict[int, list[int]] = {person: [] for person in self._people}
+        for number, (person, _) in enumerate(self._views[:below]):
+            if person in found and len(found[person]) < each:
+                found[person].append(number)
+        return [numbers for numbers in found.values() if len(numbers) > 1][:people]
+
+    def view(self, number: int) -> View:
+        """A picture as it is in the shards, and what is known of it."""
+        return self.album.view(*self._views[number % len(self)])
+
     def caption(self, number: int) -> str:
         return self.album.about(*self._views[number % len(self)])["caption"]
 
     def picture(self, number: int, side: int) -> Tensor:
-        return fit(self.album.view(*self._views[number % len(self)]), side).picture
+        return fit(self.view(number), side).picture
 
     def face(self, person: int, number: int) -> Tensor:
         person = self._people[person % len(self._people)]

@@ -93,19 +93,11 @@ class TextToImage(Task):
         }  # fmt: skip
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        model, noise = self.model, batch["noise"]
         with torch.no_grad():
             if "latents" not in batch:
                 batch = {**batch, "latents": latents.encode(self.frozen.autoencoder, batch["pictures"])}
-            clear = model.process_latent_in(batch["latents"])
-            text = self.frozen.words(batch["tokens"], noise.device)
-            sigma = model.model_sampling.sigma(batch["times"])
-            noisy = model.model_sampling.noise_scaling(sigma, noise, clear)
-        clean = model.apply_model(noisy, sigma, c_crossattn=text)
-        # The host's model gives the picture that its noise leaves.
-        said = (noisy - clean) / sigma[:, None, None, None]
-        wrong = mse_loss(said.float(), noise, reduction="none").mean((1, 2, 3))
-        return {"noise": (wrong * (self.settings.snr * sigma.square()).clamp(max=1)).mean()}
+            text = self.frozen.words(batch["tokens"], batch["noise"].device)
+        return {"noise": wrong_noise(self.model, Noised.of(self.model, batch), self.settings.snr, c_crossattn=text)}
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Pictures of some captions, by the host's own sampler."""
@@ -116,11 +108,7 @@ class TextToImage(Task):
         )
         side = self.settings.side // 8
         noise = torch.randn(len(texts), 4, side, side, generator=chance)
-        held = ModelPatcher(self.model, device, device)
-        made = comfy.sample.sample(
-            held, noise, positive=with_text, negative=without, latent_image=torch.zeros_like(noise),
-            disable_pbar=True, seed=0, **SAMPLING,
-        )  # fmt: skip
+        made = sample(ModelPatcher(self.model, device, device), noise, with_text, without)
         return {"pictures": sheet(latents.decode(self.frozen.autoencoder, made.to(device)))}
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
@@ -128,6 +116,46 @@ class TextToImage(Task):
         tensors = {PREFIX + key: value.half().contiguous() for key, value in weights.items()}
         told = {**asdict(self.settings), "config": self.config}
         save_file(tensors, folder / FILE, own_file.metadata("unet", "SD1.5", notes, settings=told))
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Pictures of a batch as the model samples them: noise [n, 4, h, w], its spread sigma [n], and both together."""
+
+    noise: Tensor
+    sigma: Tensor
+    noisy: Tensor
+
+    @classmethod
+    def of(cls, model: BaseModel, batch: Batch) -> Noised:
+        """Of the VAE's `latents`, `noise`, and `times` [n], steps of the model's own schedule."""
+        sampling: Any = model.model_sampling
+        sigma = sampling.sigma(batch["times"])
+        return cls(
+            batch["noise"],
+            sigma,
+            sampling.noise_scaling(sigma, batch["noise"], model.process_latent_in(batch["latents"])),
+        )
+
+
+def wrong_noise(model: BaseModel, given: Noised, snr: float, **told: Any) -> Tensor:
+    """The mean squared difference of the noise and what the model says it is, weighed (Settings.snr).
+
+    `told` is what the model is given besides, as its text.
+    """
+    clean = model.apply_model(given.noisy, given.sigma, **told)
+    # The host's model gives the picture that its noise leaves.
+    said = (given.noisy - clean) / given.sigma[:, None, None, None]
+    wrong = mse_loss(said.float(), given.noise, reduction="none").mean((1, 2, 3))
+    return (wrong * (snr * given.sigma.square()).clamp(max=1)).mean()
+
+
+def sample(model: ModelPatcher, noise: Tensor, positive: list[Any], negative: list[Any]) -> Tensor:
+    """What the host's sampler makes of noise [n, 4, h, w]: latents."""
+    return comfy.sample.sample(
+        model, noise, positive=positive, negative=negative, latent_image=torch.zeros_like(noise), disable_pbar=True,
+        seed=0, **SAMPLING,
+    )  # fmt: skip
 
 
 class Frozen:
@@ -170,7 +198,8 @@ def load(file: Path) -> BaseModel:
         with safe_open(file, "pt") as opened:
             told = json.loads((opened.metadata() or {})["likeness"])
             tensors = {key.removeprefix(PREFIX): opened.get_tensor(key).float() for key in opened.keys()}
-        model = base_model(told["settings"]["config"])
+        # The host's checkpointing knows no weights without a gradient, as those of a frozen model are.
+        model = base_model({**told["settings"]["config"], "use_checkpoint": False})
         model.diffusion_model.load_state_dict(tensors)
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a UNet; train it first") from error

@@ -31,6 +31,8 @@ SCALES = 3  # of the pictures whose edges are compared: 1, 1/2, 1/4
 class Settings:
     """`side` in pixels, of which squares of `crop` are trained on; `noise` is the spread of what the decoder has to
     bear, in latents of spread 1. `edges` and `moments` weigh what is beside the plain difference of pixels.
+
+    With a file to `begin` with, only its decoder goes on learning: what was trained on its latents stays valid.
     """
 
     side: int = 128
@@ -38,6 +40,7 @@ class Settings:
     noise: float = 0.05
     edges: float = 1.0
     moments: float = 0.01
+    begin: str = ""
 
 
 class Vae(Task):
@@ -47,16 +50,20 @@ class Vae(Task):
         super().__init__()
         self.settings, self.source = settings, source
         self.vae: Any = TAESD()
+        self.vae.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         start(self.vae, seed, 2**0.5, silent=("conv.4.weight",))
         with torch.no_grad():  # what the host multiplies latents with for its models is taken off here
             self.vae.vae_scale.fill_(SD15().scale_factor)
             self.vae.vae_shift.zero_()
             self.vae.taesd_decoder[-1].bias.fill_(0.5)  # around grey
+            if settings.begin:
+                self.vae.load_state_dict(load(Path(settings.begin)).state_dict())
         self.vae.vae_scale.requires_grad_(False)
         self.vae.vae_shift.requires_grad_(False)
+        self.vae.taesd_encoder.requires_grad_(not settings.begin)
 
     def batch(self, chance: Generator, size: int) -> Batch:
-        side, crop = self.settings.side, self.settings.crop
+        side, crop = self.settings.side, min(self.settings.crop, self.settings.side)
         seen = pictures(self.source, some(chance, size), side)
         corners = torch.randint(side - crop + 1, (size, 2), generator=chance).tolist()
         cut = [whole[:, y : y + crop, x : x + crop] for whole, (y, x) in zip(seen, corners, strict=True)]

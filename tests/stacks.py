@@ -1,0 +1,84 @@
+"""A base stack from seeds in its own files, with SD1.5's sixteen cross-attentions, shards of a few drawn people, and
+the tasks that train adapters for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfyui_likeness.likeness.faces import head
+from comfyui_likeness.likeness.spec import Face
+from comfyui_likeness.nodes.photos import Taken
+from comfyui_likeness.training import data
+from comfyui_likeness.training.adapters import decoupled, fused
+from comfyui_likeness.training.adapters.stack import AdapterTask
+from comfyui_likeness.training.base import clip, recogniser, unet, vae
+from comfyui_likeness.training.base.portraits import Shards
+from comfyui_likeness.training.task import start
+from torch import Tensor
+from trainings import DISCS
+
+SIDE = 128
+# The vision tower is of the demo's own size, by which the pack knows it.
+TOWERS = clip.Settings(width=32, layers=1, heads=2, vision_width=128, vision_layers=4, vision_heads=4)
+UNET: dict[str, Any] = {"side": SIDE, "channels": 32, "levels": (1, 1, 2, 1), "depth": (1, 1, 1, 0), "heads": 2}
+UNET |= {"checkpointing": True}  # as a large one is trained
+FACES = recogniser.Settings(width=4, depth=4, people=2)
+FILES = {"vae": vae.FILE, "text": clip.TEXT, "unet": unet.FILE}
+RECOGNISER = "recogniser.onnx"
+
+
+def make(folder: Path) -> Path:
+    """Write all of it: ten pictures, of three people with three each, and of a pair."""
+    vae.Vae(vae.Settings(side=32), DISCS, 1).save(folder, {})
+    clip.ClipPair(TOWERS, DISCS, 2).save(folder, {})
+    recogniser.Recogniser(FACES, DISCS, 3).save(folder, {})
+    files = {name: str(folder / FILES[name]) for name in ("vae", "text")}
+    denoiser = unet.TextToImage(unet.Settings(**UNET, **files), DISCS, 0)
+    start(denoiser.model.diffusion_model, 4)  # a fresh one's attentions give 0, and teach nothing
+    denoiser.save(folder, {})
+    data.write_shards(data.WorldAlbum("train", SIDE, 3), folder, 3, lossless=True)
+    data.write_shard(data.WorldAlbum("train", SIDE, 1, figures=2), range(1), folder / "pairs.tar", 1, lossless=True)
+    return folder
+
+
+def _arcface(folder: Path, **told: Any) -> AdapterTask[Any]:
+    own = {"reads": "arcface", "encoder": str(folder / RECOGNISER), "inner": 16}
+    return decoupled.Decoupled(decoupled.Settings(**own, **told), Shards(folder), 5)
+
+
+def _image(folder: Path, **told: Any) -> AdapterTask[Any]:
+    own = {"reads": "image", "encoder": str(folder / clip.VISION), "inner": 64, "depth": 1, "heads": 1}
+    return decoupled.Decoupled(decoupled.Settings(**own, **told), Shards(folder), 5)
+
+
+def _fused(noise: str) -> Callable[..., AdapterTask[Any]]:
+    return lambda folder, **told: fused.Fused(fused.Settings(face=SIDE, noise=noise, **told), Shards(folder), 5)
+
+
+TASKS: Mapping[str, Callable[..., AdapterTask[Any]]] = {
+    "arcface": _arcface, "image": _image, "clean": _fused("clean"), "match": _fused("match"),
+}  # fmt: skip
+
+
+def task(kind: str, folder: Path, **told: Any) -> AdapterTask[Any]:
+    """A task of TASKS on the stack in a folder."""
+    files = {name: str(folder / file) for name, file in FILES.items()}
+    return TASKS[kind](folder, file="made", side=SIDE, **files, **told)
+
+
+def taken(view: data.View) -> Taken:
+    """A picture as the nodes take it, its face known."""
+    face = Face(view.box.float(), view.kps.float(), 1.0)
+    return Taken(view.picture.float() / 255, face, (face,), "drawn")
+
+
+def crop(view: data.View) -> Tensor:
+    one = taken(view)
+    return head(one.photo, one.face)[0]
+
+
+def trained(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}

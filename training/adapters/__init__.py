@@ -1,0 +1,1 @@
+"""Adapters for a base stack that is trained already, through the attention code that runs them."""

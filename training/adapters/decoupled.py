@@ -1,0 +1,139 @@
+"""Decoupled attention by IP-Adapter's objective (Ye et al. 2308.06721, Eq. 8): a projector, and keys and values.
+
+The base model is frozen. Conditions are dropped at random: the text, the face, or both (Sec. 3.2.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...likeness import keymaps, own_decoupled
+from ...likeness.decoupled import DecoupledAdapter, FaceProjection
+from ...likeness.resampler import Resampler
+from ...likeness.spec import AdapterSpec, Identity
+from ...nodes.attention import decoupled, unet
+from ...nodes.attention.injection import ALWAYS
+from ...nodes.types import LoadedAdapter
+from ..base.source import Source
+from ..task import Batch, start
+from . import stack
+from .readers import ArcFace, Encoder, Vision
+
+BASE = "SD1.5"
+OPERATIONS = comfy.ops.disable_weight_init
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(stack.Settings):
+    """It `reads` "arcface", the vectors of the recogniser in the file `encoder`, of the face `pack`; or "image", the
+    states of the vision tower in that file.
+
+    `no_face` is the part without the face, `neither` that without text and face. `tokens` stand for a face. `inner` is
+    the width inside the projector, `depth` and `heads` are the resampler's.
+    """
+
+    reads: str
+    encoder: str
+    pack: str = "demo"
+    tokens: int = 4
+    inner: int = 1024
+    depth: int = 4
+    heads: int = 12
+    no_text: float = 0.05
+    no_face: float = 0.05
+    neither: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.reads not in READS:
+            raise ValueError(f"got reads = {self.reads!r} in [task]; expected {' or '.join(READS)}")
+
+
+def _mlp(settings: Settings, features: int, width: int) -> nn.Module:
+    return FaceProjection(features, settings.inner, settings.tokens, width, OPERATIONS)
+
+
+def _resampler(settings: Settings, features: int, width: int) -> nn.Module:
+    return Resampler(settings.inner, settings.depth, settings.heads, settings.tokens, features, width, OPERATIONS)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an adapter reads faces with, the kind of its file, and its projector of features to the text's width."""
+
+    encoder: Callable[[Settings], Encoder]
+    kind: str
+    projector: Callable[[Settings, int, int], nn.Module]
+
+
+READS: Mapping[str, Reads] = {
+    "arcface": Reads(lambda settings: ArcFace(Path(settings.encoder), settings.pack), "portrait", _mlp),
+    "image": Reads(lambda settings: Vision(Path(settings.encoder)), "plus_face", _resampler),
+}
+
+
+class Decoupled(stack.AdapterTask[Settings]):
+    """The adapter begins with the keys and values of the text, as published."""
+
+    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+        super().__init__(settings, source)
+        reads = READS[settings.reads]
+        self.encoder = reads.encoder(settings)
+        self.read_pool(Path(settings.encoder))
+        self.zero = self.encoder.zero()
+        model: Any = self.frozen.model
+        sites = unet.sites(model.diffusion_model)
+        needs, layers = (self.encoder.feature,), tuple(site.hidden for site in sites)
+        self.spec = AdapterSpec(reads.kind, BASE, settings.tokens, sites[0].context, layers, needs)
+        made: Any = build(settings, self.spec, self.zero.shape[-1])
+        self.adapter, self.held = made, stack.Held(made)
+        start(made, seed)
+        with torch.no_grad():
+            for site in sites:
+                text, own = model.diffusion_model.get_submodule(f"{site.key}.attn2"), made.layer(site.name)
+                own.k.weight.copy_(text.to_k.weight)
+                own.v.weight.copy_(text.to_v.weight)
+
+    @property
+    def reader(self) -> Encoder:
+        return self.encoder
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        return self.settings.no_text, self.settings.no_face, self.settings.neither
+
+    def faces(self, batch: Batch) -> Tensor:
+        read, missing = batch["read"].clone(), batch["faceless"]
+        read[missing] = self.zero.to(read)
+        return read
+
+    def injection(self, model: ModelPatcher, read: Tensor) -> decoupled.Decoupled:
+        loaded = LoadedAdapter(self.spec, self.held.on(model.load_device), {}, self.settings.file)
+        spread = decoupled.shares(decoupled.fitting(self.spec, model), BASE, "linear", "")
+        return decoupled.Decoupled(loaded, self._identity(read), spread, 1.0, "V only", 1.0, True, None, ALWAYS)
+
+    def _identity(self, read: Tensor) -> Identity:
+        """The faces of a batch as those of one identity, as which the node unfolds them."""
+        count, key = len(read), self.encoder.feature.id(self.encoder.hash)
+        return Identity(
+            name="batch", box=torch.zeros(count, 4), kps=torch.zeros(count, 5, 2), score=torch.ones(count),
+            weight=torch.ones(count), embeddings={key: read}, zeros={key: self.zero.to(read)},
+        )  # fmt: skip
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        weights = {key: value.half().contiguous() for key, value in self.adapter.state_dict().items()}
+        tensors = keymaps.rename(weights, own_decoupled.PUBLISHED)
+        save_file(tensors, folder / f"{self.settings.file}.safetensors", own_decoupled.metadata(self.spec, notes))
+
+
+def build(settings: Settings, spec: AdapterSpec, features: int) -> DecoupledAdapter:
+    """The adapter without weights; faces are read as `features` numbers, or as rows of so many."""
+    return DecoupledAdapter(spec, READS[settings.reads].projector(settings, features, spec.width), OPERATIONS)

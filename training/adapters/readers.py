@@ -1,0 +1,135 @@
+"""What reads a face for an adapter, as the pack's nodes do it: a recogniser, a vision tower, or the VAE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import comfy.clip_vision
+import torch
+from comfy.clip_vision import ClipVisionModel
+from comfy.taesd.taesd import TAESD
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...likeness import faces
+from ...likeness.spec import Face, Feature
+from ...nodes.attention import fused
+from ...nodes.encode import HostEncoder
+from ..base import latents, recogniser
+from ..data import View
+
+
+class Reader(Protocol):
+    """Cuts a face out of a picture, and reads faces. `hash` tells one from another."""
+
+    @property
+    def hash(self) -> str: ...
+
+    def cut(self, view: View) -> Tensor:
+        """The face, uint8 [H, W, 3], all of one size."""
+        ...
+
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        """What it sees of faces [n, H, W, 3]: [n, ...] in float32."""
+        ...
+
+
+class Encoder(Reader, Protocol):
+    """A reader whose features go into an identity."""
+
+    @property
+    def feature(self) -> Feature: ...
+
+    def zero(self) -> Tensor:
+        """What stands for no face [1, ...]."""
+        ...
+
+
+class ArcFace:
+    """A recogniser's raw vectors [n, 512], as Load Face Analyzer's pack of that name makes them."""
+
+    def __init__(self, file: Path, pack: str) -> None:
+        if not file.is_file():
+            raise ValueError(f"got {file}, which is not there; expected a recogniser; train it first")
+        self.file, self.feature = file, Feature(f"arcface.{pack}", "raw", "face112")
+        self.hash = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    @cached_property
+    def session(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        return onnxruntime.InferenceSession(str(self.file), options, onnxruntime.get_available_providers())
+
+    def cut(self, view: View) -> Tensor:
+        return faces.pixels(faces.align(view.picture.double() / 255, view.kps, recogniser.SIDE))
+
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        name = self.session.get_inputs()[0].name
+        (vectors,) = self.session.run(None, {name: recogniser.read(list(cuts.cpu())).numpy()})
+        return torch.from_numpy(vectors).to(device)
+
+    def zero(self) -> Tensor:
+        return torch.zeros(1, recogniser.VECTOR)
+
+
+class Vision:
+    """A CLIP tower's penultimate states of the head [n, T, W], as Encode Identity makes them for Plus-Face."""
+
+    def __init__(self, file: Path) -> None:
+        self.encoder = HostEncoder(load_vision(file))
+        self.feature = Feature(f"clip.{self.encoder.architecture}", "penultimate", "head")
+        self.hash = self.encoder.sha256
+
+    def cut(self, view: View) -> Tensor:
+        return head(view)
+
+    @torch.no_grad()
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        return self.encoder.encode(cuts.float() / 255)["penultimate"].float().to(device)
+
+    @torch.no_grad()
+    def zero(self) -> Tensor:
+        return self.encoder.zero()["penultimate"].float()
+
+
+class Latents:
+    """The VAE's latents of the head [n, 4, side / 8, side / 8], as Apply Identity (Fused KV) makes them."""
+
+    def __init__(self, file: Path, autoencoder: TAESD, side: int) -> None:
+        self.autoencoder, self.side = autoencoder, side
+        self.hash = hashlib.sha256(file.read_bytes() + str(side).encode()).hexdigest()
+
+    def cut(self, view: View) -> Tensor:
+        return faces.pixels(fused.sized(head(view)[None], self.side)[0])
+
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        return latents.quickly(self.autoencoder, cuts.to(device).movedim(-1, 1).float() / 255)
+
+
+def head(view: View) -> Tensor:
+    """The head with a margin, as an identity holds it: uint8 [HEAD, HEAD, 3]."""
+    return faces.head(view.picture.float() / 255, Face(view.box.float(), view.kps.float(), 1.0))[0]
+
+
+def load_vision(file: Path) -> ClipVisionModel:
+    """A vision tower, trained here or any that the host loads. Raises ValueError where the file is none."""
+    try:
+        with safe_open(file, "pt") as opened:
+            told = (opened.metadata() or {}).get("likeness")
+        if told is None:
+            found = comfy.clip_vision.load(str(file))
+        else:
+            found = ClipVisionModel(json.loads(told)["settings"]["config"])
+            found.load_sd(load_file(file))
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a vision tower; train clip") from error
+    if found is None:
+        raise ValueError(f"got {file}, which the host knows as no vision tower; expected one; train clip first")
+    return found

@@ -1,0 +1,204 @@
+"""What all adapters are trained on: a frozen base stack, and pictures of people by clusters.
+
+The face is read from another picture of the same person than the one that is to be made, so that what an adapter
+learns is who somebody is, and not to copy a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Generator, Tensor, nn
+
+from ...nodes.attention.injection import Injection
+from ...nodes.attention.patch import attach, directly
+from ..base import clip, latents, unet, vae
+from ..base.portraits import Shards
+from ..base.source import Source, pictures, sheet, some
+from ..data import Album, ShardAlbum, View, WorldAlbum
+from ..task import Batch, Task
+from .readers import Reader
+
+SHOWN = 6
+
+Told = TypeVar("Told", bound="Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`vae`, `text` and `unet` are files trained before; `side` in pixels; `file` is the name of what is made.
+
+    Of `people`, `each` has so many pictures among the first `pool` of the shards, whose latents and faces are read
+    once; without a pool all are read at every step. With `other`, the face is another picture's. The caption is
+    dropped in the part `no_text`. `snr` is as the UNet's. What is drawn is of people of the shards in `strangers`, or
+    of Portrait World's validation split.
+    """
+
+    vae: str
+    text: str
+    unet: str
+    file: str
+    side: int = 128
+    pool: int = 0
+    people: int = 1 << 30
+    each: int = 6
+    other: bool = True
+    no_text: float = 0.1
+    snr: float = 5.0
+    strangers: str = ""
+
+
+class Held:
+    """A module under the host's care, on whatever device it is wanted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._patchers: dict[torch.device, ModelPatcher] = {}
+
+    def on(self, device: torch.device) -> ModelPatcher:
+        if device not in self._patchers:
+            self._patchers[device] = ModelPatcher(self.module, device, device)
+        self.module.to(device)
+        return self._patchers[device]
+
+
+class Stack(unet.Frozen):
+    """The trained base stack, and what is read of a pool: latents, and faces by their pictures' numbers."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(clip.load_text(Path(settings.text)), vae.load(Path(settings.vae)))
+        self.model = unet.load(Path(settings.unet)).eval().requires_grad_(False)
+        self.unet = Held(self.model)
+        self.faces: dict[int, Tensor] = {}
+
+
+class AdapterTask(Task, Generic[Told]):
+    """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it.
+
+    Subclasses hold the trained weights; nothing of the base stack is part of the module.
+    """
+
+    def __init__(self, settings: Told, source: Source) -> None:
+        super().__init__()
+        if not isinstance(source, Shards):
+            raise ValueError(
+                'got data = "world" in [run]; expected a folder of shards, in which people have several pictures; '
+                "paint some by python -m training.shards FOLDER"
+            )
+        self.settings, self.source = settings, source
+        self.tokenizer = clip.SDTokenizer()
+        self.frozen = Stack(settings)
+        self.clusters = source.clusters(settings.pool or len(source), settings.people, settings.each)
+        if not self.clusters:
+            raise ValueError(f"got nobody with two of the first {settings.pool} pictures; expected some; raise pool")
+        if settings.pool:
+            autoencoder = self.frozen.autoencoder
+            self.frozen.pool = latents.pool(source, Path(settings.vae), autoencoder, settings.side, settings.pool)
+
+    @property
+    @abstractmethod
+    def reader(self) -> Reader:
+        """What reads the faces."""
+
+    @abstractmethod
+    def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
+        """The adapter bound to faces as they were read [n, ...], face i in row i."""
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        """The parts that are trained without the text, without the face, and without both."""
+        return self.settings.no_text, 0.0, 0.0
+
+    def read_pool(self, file: Path) -> None:
+        """Read the faces of a pool, once and for all, into a folder beside the reader's file."""
+        if not self.settings.pool:
+            return
+        order = [number for numbers in self.clusters for number in numbers]
+        first = self.source.view(order[0]).picture.numpy().tobytes()
+        digest = hashlib.sha256(f"{self.reader.hash} {order}".encode() + first).hexdigest()[:8]
+
+        def make(places: range) -> Tensor:
+            return self.look([self.source.view(order[place % len(order)]) for place in places])
+
+        read = latents.kept(file.parent / f"faces-{digest}", len(order), make)
+        self.frozen.faces = dict(zip(order, read, strict=True))
+
+    def look(self, views: Sequence[View]) -> Tensor:
+        """The faces of some pictures as they are read."""
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return self.reader.read(torch.stack([self.reader.cut(view) for view in views]), device)
+
+    def batch(self, chance: Generator, size: int) -> Batch:
+        latent = self.settings.side // 8
+        turns = zip(some(chance, size, len(self.clusters)), some(chance, size), some(chance, size), strict=True)
+        pairs = [self._pair(self.clusters[who], first, second) for who, first, second in turns]
+        made, seen = zip(*pairs, strict=True)
+        no_text, no_face, neither = torch.tensor(self.parts).cumsum(0).tolist()
+        die = torch.rand(size, generator=chance)
+        faceless = (die >= no_text) & (die < neither)
+        silent = ((die < no_text) | ((die >= no_face) & (die < neither))).tolist()
+        texts = ["" if gone else self.source.caption(number) for number, gone in zip(made, silent, strict=True)]
+        return {
+            **self._shown(made, seen), "tokens": clip.tokenize(self.tokenizer, texts), "faceless": faceless,
+            "noise": torch.randn(size, 4, latent, latent, generator=chance),
+            "times": torch.randint(self.frozen.model.model_sampling.num_timesteps, (size,), generator=chance),
+        }  # fmt: skip
+
+    def _shown(self, made: Sequence[int], seen: Sequence[int]) -> Batch:
+        """Pictures to make and faces to read, as they are or as a pool has them."""
+        if self.frozen.pool is None:
+            cuts = torch.stack([self.reader.cut(self.source.view(number)) for number in seen])
+            return {"pictures": pictures(self.source, made, self.settings.side), "cuts": cuts}
+        read = torch.stack([self.frozen.faces[number] for number in seen])
+        return {"latents": self.frozen.pool[list(made)].float(), "read": read.float()}
+
+    def _pair(self, numbers: Sequence[int], first: int, second: int) -> tuple[int, int]:
+        """A picture to make and one to read the face from."""
+        here, count = first % len(numbers), len(numbers)
+        there = (here + 1 + second % (count - 1)) % count if self.settings.other else here
+        return numbers[here], numbers[there]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        device = batch["noise"].device
+        with torch.no_grad():
+            if "latents" not in batch:
+                made = latents.encode(self.frozen.autoencoder, batch["pictures"])
+                batch = {**batch, "latents": made, "read": self.reader.read(batch["cuts"], device)}
+            text = self.frozen.words(batch["tokens"], device)
+            held = self.frozen.unet.on(device)
+            given = unet.Noised.of(held.model, batch)
+        patched = attach(held, self.injection(held, self.faces(batch)))
+        told = {"c_crossattn": text, **directly(patched, float(given.sigma.max()))}
+        return {"noise": unet.wrong_noise(held.model, given, self.settings.snr, **told)}
+
+    def faces(self, batch: Batch) -> Tensor:
+        """The faces of a batch as they were read; what stands for none where it is to be `faceless`."""
+        return batch["read"]
+
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Photos of people who are no part of the training, above pictures of them by the host's own sampler."""
+        album, side = self._strangers(), self.settings.side
+        who = [some(chance, 1, len(album))[0] for _ in range(SHOWN)]
+        views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
+        device = next(self.parameters()).device
+        held = self.frozen.unet.on(device)
+        prompts = [
+            [[self.frozen.words(clip.tokenize(self.tokenizer, texts), device), {}]]
+            for texts in ([other.caption for _, other in views], [""])
+        ]
+        noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
+        patched = attach(held, self.injection(held, self.look([view for view, _ in views]).to(device)))
+        made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
+        photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
+        return {"pictures": sheet(photos, made)}
+
+    def _strangers(self) -> Album:
+        folder, side = self.settings.strangers, self.settings.side
+        return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)
