@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .. import metrics
 from . import prompts
 from .expected import verdict
 from .rows import CLAIMS, ROWS, TABLES, Table
+from .stack import Shipped
 
 JSON, PAGE = "evidence.json", "evidence.md"
 QUALITY = 88  # of the strips
@@ -41,21 +43,40 @@ nothing else. A picture without a face counts as similarity 0; the last column i
 Numbers are means over people with 95% bootstrap intervals over people."""
 
 
-def read(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured before under these very settings: by row and measure, values by person."""
+@dataclass(frozen=True)
+class Made:
+    """What numbers depend on beside the rows themselves: the sampler, and the weights, adapters apart, by file."""
+
+    sampling: Mapping[str, Any]
+    base: Mapping[str, Shipped]
+    adapters: Mapping[str, Shipped]
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The same as JSON has it; adapters alone may differ from one row to the next."""
+        base = {file: one.digest for file, one in self.base.items()}
+        return json.loads(json.dumps({"sampling": self.sampling, "base": base}))
+
+
+def read(folder: Path, made: Made) -> dict[str, Any]:
+    """What was measured before by the same sampler and weights: by row and measure, values by person."""
     file = folder / JSON
     told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return dict(told["rows"]) if told.get("settings") == dict(settings) else {}
+    if {key: told.get(key) for key in made.told} != made.told:
+        return {}
+    same = {file for file, one in made.adapters.items() if told["adapters"].get(file) == one.digest} | {""}
+    return {key: row for key, row in told["rows"].items() if key in ROWS and ROWS[key].file in same}
 
 
-def write(folder: Path, settings: Mapping[str, Any], rows: Mapping[str, Any]) -> Path:
+def write(folder: Path, made: Made, rows: Mapping[str, Any]) -> Path:
     """Keep the numbers and write the page beside the folder of pictures; the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    ordered = {key: rows[key] for key in ROWS if key in rows}
-    rounded = json.loads(json.dumps({"settings": settings, "rows": ordered}), parse_float=lambda x: round(float(x), 4))
+    adapters = {file: one.digest for file, one in made.adapters.items()}
+    kept = {**made.told, "adapters": adapters, "rows": {key: rows[key] for key in ROWS if key in rows}}
+    rounded = json.loads(json.dumps(kept), parse_float=lambda x: round(float(x), 4))
     (folder / JSON).write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")
     page = folder.parent / PAGE
-    page.write_text("\n".join(lines(folder, settings, rounded["rows"])) + "\n", encoding="utf-8")
+    page.write_text("\n".join(lines(folder, made, rounded["rows"])) + "\n", encoding="utf-8")
     return page
 
 
@@ -76,11 +97,11 @@ def values(rows: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def lines(folder: Path, settings: Mapping[str, Any], rows: Mapping[str, Any]) -> Iterator[str]:
+def lines(folder: Path, made: Made, rows: Mapping[str, Any]) -> Iterator[str]:
     """The page, line by line."""
     found = values(rows)
     yield INTRO
-    yield "\n" + "; ".join(f"{name}: {value}" for name, value in settings.items()) + "."
+    yield "\nSampler: " + ", ".join(f"{name} {value}" for name, value in made.sampling.items()) + "."
     yield "\n## What is expected\n"
     yield "| claim | holds | numbers |\n|---|---|---|"
     for claim in CLAIMS:
@@ -89,6 +110,9 @@ def lines(folder: Path, settings: Mapping[str, Any], rows: Mapping[str, Any]) ->
         yield f"| {claim.text} | {HOLDS[said.holds]} | {claim.measure}: {said.told}{tried} |"
     for table in TABLES:
         yield from _table(table, found)
+    yield "\n## Weights\n\n| file | sha256 | training |\n|---|---|---|"
+    every = {**made.base, **made.adapters}
+    yield from (f"| {file} | {one.digest} | {one.notes} |" for file, one in every.items())
     yield "\n## Pictures\n\nIn front a photo of the person, then the prompts:\n"
     yield from (f"{number}. {prompt.text()}" for number, prompt in enumerate(prompts.ALONE, 1))
     yield "\nTwo people:\n"

@@ -92,7 +92,7 @@ MAIN = ["bare", "decoupled_arcface", "decoupled_image", "fused", "flashface", "a
 PLACES = ["placed_encoder", "placed_both", "flashface_4"]
 TABLES = (
     Table("Every method", MAIN, "The floor is a stranger, the ceiling the person drawn as asked, or photographed."),
-    Table("FlashFace: strength", _keys("feat_"), "Fig. 8 and 9: lambda_feat, at lambda_ref 2.", "lambda_feat"),
+    Table("FlashFace: strength", _keys("feat_"), "Fig. 8 and 9: lambda_feat, at lambda_ref 2. At 0 its added layers run, and see no face.", "lambda_feat"),
     Table("FlashFace: guidance", _keys("ref_"), "Fig. 8: lambda_ref, at lambda_feat 0.85.", "lambda_ref"),
     Table("FlashFace: references", _keys("flashface_"), "Table 3: the number of reference photos."),
     Table("FlashFace: placement", PLACES, "Table 4: where the added layers stand; the last row is the decoder.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -25,6 +24,7 @@ from ..base.recogniser import SIDE, VECTOR
 WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 PACK = "demo"
 CACHE = 1024  # MiB for what the reference net saw
+PAINTS = ("ori_encoder.0.weight", "encoder.0.weight")  # a tensor of FlashFace's UNet that paints
 LATENT = 16  # cells a side
 
 
@@ -47,8 +47,9 @@ class Stack:
         return self._once(file, lambda: adapter.LoadAdapter.execute(file, "auto").args[0])
 
     def flashface(self, file: str) -> tuple[ModelPatcher, LoadedReferenceNet]:
-        """By Load FlashFace, once. The file holds no UNet of the picture's: that is the demo's own."""
-        return self._once(file, lambda: flashface.LoadFlashFace.execute(file, self.model, CACHE).args)
+        """By Load FlashFace, once; on the demo's model where the file holds no UNet that paints."""
+        base = self.model if files.shape(file, flashface.FOLDER, PAINTS) is None else None
+        return self._once(file, lambda: flashface.LoadFlashFace.execute(file, base, CACHE).args)
 
     def _once(self, file: str, load: Any) -> Any:
         if file not in self._loaded:
@@ -128,10 +129,21 @@ def place(file: str) -> Path | None:
         return None
 
 
-def fingerprint(folder: Path = WEIGHTS) -> str:
-    """Eight digits that change with the base stack: what rows measured on another one are told by."""
-    digest = hashlib.sha256()
-    base = [*(folder / "demo").glob("*.*"), *(folder / "insightface").rglob("*.onnx")]
-    for path in sorted(base):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:8]
+@dataclass(frozen=True)
+class Shipped:
+    """A file of weights: the first digits of its sha256, and what it says of its training."""
+
+    digest: str
+    notes: str
+
+
+def shipped(path: Path) -> Shipped:
+    notes = (files.told(path) or {}).get("notes", {})
+    return Shipped(files.sha256(path)[:8], ", ".join(f"{key} {value}" for key, value in notes.items()))
+
+
+def base(folder: Path = WEIGHTS) -> dict[str, Shipped]:
+    """The files that every row is made and measured with."""
+    found = [*(folder / "demo").glob("*.safetensors"), *(folder / "demo").glob("*.onnx")]
+    found += (folder / "insightface").rglob("*.onnx")
+    return {path.relative_to(folder).as_posix(): shipped(path) for path in sorted(found)}
