@@ -74,7 +74,7 @@ def decoupled(file: str) -> Make:
 def fused(file: str) -> Make:
     def patch(stack: Stack, who: Who) -> ModelPatcher:
         told = _window(strength=1.0, outside="all")
-        return ApplyFused.execute(stack.model, stack.adapter(file), who, stack.vae, **told).args[0]
+        return ApplyFused.execute(stack.model, stack.adapter(file), who, stack.eye, **told).args[0]
 
     return partial(painted, patch)
 
@@ -85,7 +85,7 @@ def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> 
     def patch(stack: Stack, who: Who) -> ModelPatcher:
         model, net = stack.flashface(file)
         told = _window(strength=feat, reference_guidance=ref, launch=ALWAYS, rescale=0.0, show_at_least=1)
-        return ApplyReference.execute(model, net, who, stack.vae, **told).args[0]
+        return ApplyReference.execute(model, net, who, stack.eye, **told).args[0]
 
     return partial(painted, patch)
 

@@ -9,8 +9,6 @@ from . import methods
 from .expected import Claim
 from .methods import Make
 
-# Each paper's sweeps are on fewer pictures than the comparison, so that all of it takes two cores 20 minutes.
-FEW: Mapping[str, int] = {"people": 32, "prompts": 2}
 FEATS, REFS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0)
 FACEID, IMAGE, FUSED = "demo_faceid.safetensors", "demo_plus_face.safetensors", "demo_fused.safetensors"
 FLASHFACE = "demo_flashface.safetensors"
@@ -32,11 +30,15 @@ class Row:
     photos: int = 1
 
 
-def _more(name: str, make: Make, file: str, counts: Sequence[int]) -> dict[str, Row]:
+def _few(name: str, make: Make, file: str, photos: int = 4) -> Row:
+    """Sweeps are on fewer pictures than the comparison, so that all of it takes two cores less than 20 minutes."""
+    return Row(name, make, file, people=32, prompts=2, photos=photos)
+
+
+def _more(name: str, make: Make, file: str, most: int) -> dict[str, Row]:
+    """The same with 1 photo and more."""
     key = file.removeprefix("demo_").removesuffix(".safetensors")
-    return {
-        f"{key}_{n}": Row(f"{name}, {n} photo{'s' * (n > 1)}", make, file, photos=n, **FEW) for n in counts
-    }  # fmt: skip
+    return {f"{key}_{n}": _few(f"{name}, {n} photo{'s' * (n > 1)}", make, file, n) for n in range(1, most + 1)}
 
 
 def _pair(name: str, make: Make, file: str = "", photos: int = 1) -> Row:
@@ -53,19 +55,17 @@ ROWS: Mapping[str, Row] = {
     "second_photo": Row("another real photo of the person", methods.second_photos, kind="photos"),
     "stranger": Row("a stranger, drawn as asked", methods.another),
     **{
-        f"feat_{feat:g}": Row(f"{feat:g}", methods.flashface(FLASHFACE, feat=feat), FLASHFACE, photos=4, **FEW)
+        f"feat_{feat:g}": _few(f"{feat:g}", methods.flashface(FLASHFACE, feat=feat), FLASHFACE)
         for feat in FEATS
     },
     **{
-        f"ref_{ref:g}": Row(f"{ref:g}", methods.flashface(FLASHFACE, ref=ref), FLASHFACE, photos=4, **FEW)
+        f"ref_{ref:g}": _few(f"{ref:g}", methods.flashface(FLASHFACE, ref=ref), FLASHFACE)
         for ref in REFS
     },
-    **_more("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, (1, 2, 3, 4)),
-    **_more("fused KV", methods.fused(FUSED), FUSED, (1, 2, 3)),
-    **_more("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE, (1, 2, 3)),
-    **{
-        f"placed_{where}": Row(where, methods.flashface(file), file, photos=4, **FEW) for where, file in PLACED.items()
-    },
+    **_more("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, 4),
+    **_more("fused KV", methods.fused(FUSED), FUSED, 3),
+    **_more("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE, 3),
+    **{f"placed_{where}": _few(where, methods.flashface(file), file) for where, file in PLACED.items()},
     "pair_bare": _pair("no adapter", methods.bare),
     "pair_fused": _pair("fused KV", methods.fused(FUSED), FUSED),
     "pair_decoupled": _pair("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
@@ -92,11 +92,16 @@ MAIN = ["bare", "decoupled_arcface", "decoupled_image", "fused", "flashface", "a
 PLACES = ["placed_encoder", "placed_both", "flashface_4"]
 TABLES = (
     Table("Every method", MAIN, "The floor is a stranger, the ceiling the person drawn as asked, or photographed."),
-    Table("FlashFace: strength", _keys("feat_"), "Fig. 8 and 9: lambda_feat, at lambda_ref 2. At 0 its added layers run, and see no face.", "lambda_feat"),
+    Table(
+        "FlashFace: strength", _keys("feat_"),
+        "Fig. 8 and 9: lambda_feat, at lambda_ref 2; at 0 the added layers see no face.", "lambda_feat",
+    ),
     Table("FlashFace: guidance", _keys("ref_"), "Fig. 8: lambda_ref, at lambda_feat 0.85.", "lambda_ref"),
     Table("FlashFace: references", _keys("flashface_"), "Table 3: the number of reference photos."),
-    Table("FlashFace: placement", PLACES, "Table 4: where the added layers stand; the last row is the decoder.",
-          "added layers"),
+    Table(
+        "FlashFace: placement", PLACES, "Table 4: where the added layers stand; the last row is the decoder.",
+        "added layers",
+    ),
     Table("Fusion: photos", [*_keys("fused_"), *_keys("plus_face_")], "Fused KV against decoupled attention."),
     Table("Two people", _keys("pair_"), "Each in a half of the picture, by masks; a bootstrap over pairs."),
 )  # fmt: skip
