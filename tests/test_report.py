@@ -1,0 +1,123 @@
+"""The report on models from seeds: every row by the pack's nodes, the document, and what claims make of numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reports
+import torch
+from analyzers import folder as folder
+from comfyui_likeness.training import metrics, world
+from comfyui_likeness.training.report import document, expected, finish, measure, prompts, rows, stack
+from comfyui_likeness.training.report.expected import Claim
+
+PEOPLE, PROMPTS = 2, 2
+UNSHIPPED = set(rows.PLACED.values())
+
+
+@pytest.fixture
+def models(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> stack.Stack:
+    return reports.make(tmp_path_factory.mktemp("stack"), folder)
+
+
+def part(models: stack.Stack, plan: measure.Plan, number: int, file: Path) -> Path:
+    """One of two processes' part, in a file as a process leaves it."""
+    found = measure.run(models, plan, range(number, plan.people, 2), lambda key: None)
+    torch.save({"values": found.values, "pictures": found.pictures, "photos": found.photos}, file)
+    return file
+
+
+def told(page: Path) -> dict[str, Any]:
+    return json.loads((page.parent / "evidence" / document.JSON).read_text())
+
+
+def test_a_whole_report(models: stack.Stack, tmp_path: Path) -> None:
+    out = tmp_path / "docs" / "evidence"
+    plan = measure.planned([], PEOPLE, PROMPTS)
+    page = finish.finish(out, reports.STEPS, [part(models, plan, n, tmp_path / f"{n}.pt") for n in range(2)])
+    text, kept = page.read_text(), told(page)["rows"]
+    shipped = [key for key, row in rows.ROWS.items() if row.file not in UNSHIPPED]
+    assert list(kept) == shipped and all(list(people) == ["0", "1"] for row in kept.values() for people in row.values())
+    for table in rows.TABLES:
+        body = text.split(f"## {table.title}\n")[1].split("\n## ")[0]
+        lines = {line.split(" | ")[0].removeprefix("| "): line for line in body.splitlines() if line.startswith("|")}
+        for key in table.rows:
+            line, row = lines[rows.ROWS[key].name], rows.ROWS[key]
+            spread = metrics.interval(torch.tensor([*next(iter(kept[key].values())).values()])) if key in kept else None
+            wanted = f"not measured: no {row.file}" if spread is None else f"{spread.mean:.3f} [{spread.low:.3f}, "
+            assert wanted in line, key
+    for claim in rows.CLAIMS:
+        (line,) = [one for one in text.splitlines() if one.startswith(f"| {claim.text} |")]
+        assert ("not measured" in line) is any(rows.ROWS[key].file in UNSHIPPED for key in claim.rows)
+    assert {file.stem for file in out.glob("*.jpg")} == set(shipped)
+    links = re.findall(r"\((evidence/.+?)\)", text)
+    assert len(links) >= len(shipped) and all((page.parent / link).is_file() for link in links)
+    # Without lambda_feat there is nothing for lambda_ref to push to.
+    assert kept["feat_0"]["target"] != kept["feat_0.25"]["target"] != kept["feat_1"]["target"]
+
+    again = part(models, measure.planned(["bare"], PEOPLE, 1), 0, tmp_path / "again.pt")
+    changed = told(finish.finish(out, reports.STEPS, [again]))["rows"]
+    assert changed["bare"]["similarity"]["0"] != kept["bare"]["similarity"]["0"]
+    assert {**changed, "bare": 0} == {**kept, "bare": 0}
+    elsewhere = told(finish.finish(out, reports.STEPS + 1, [again]))["rows"]
+    assert list(elsewhere) == ["bare"]  # what another sampler made is no part of it
+
+
+def test_rows_repeat(models: stack.Stack) -> None:
+    plan = measure.planned(["decoupled_arcface", "flashface"], 1, 1)
+    first, second = (measure.run(models, plan, [0], lambda key: None).values for _ in range(2))
+    assert first == second
+
+
+def test_unknown_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="got nonsense; expected rows of the report: bare"):
+        measure.planned(["bare", "nonsense"], 1, 1)
+
+
+def test_a_prompt_is_the_caption_of_what_is_drawn() -> None:
+    for asked, people in ((prompts.ALONE, 1), (prompts.PAIRS, 2)):
+        for prompt in asked:
+            shown = {world.caption(prompt.shown(scene)) for scene in islice(prompts.scenes(3, people), 4)}
+            assert shown == {prompt.text(people)}
+    assert len({prompt.text() for prompt in prompts.ALONE}) == 8
+    assert prompts.ALONE[0].text() == "a photo of a smiling person in red at a beach"
+
+
+VALUES = {
+    "low": {"similarity": torch.tensor([0.1, 0.2, 0.1])},
+    "high": {"similarity": torch.tensor([0.5, 0.6, 0.5])},
+    "wide": {"similarity": torch.tensor([-1.0, 2.0, 0.6])},
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "keys", "by", "holds"),
+    [
+        ("above", ("high", "low"), 0.25, True),
+        ("above", ("high", "low"), 0.5, False),
+        ("above", ("wide", "low"), 0.25, False),  # far above, but the intervals meet
+        ("rising", ("low", "high"), 0.0, True),
+        ("rising", ("high", "low"), 0.0, False),
+        ("falling", ("high", "low"), 0.0, True),
+        ("falling", ("low", "high"), 0.0, False),
+        ("lowest", ("low", "high", "wide"), 0.0, True),
+        ("lowest", ("high", "low", "wide"), 0.0, False),
+        ("least", ("high",), 0.5, True),
+        ("least", ("low",), 0.5, False),
+        ("rising", ("low", "gone"), 0.0, None),
+    ],
+)
+def test_claims(how: str, keys: tuple[str, ...], by: float, holds: bool | None) -> None:
+    assert expected.verdict(Claim("", how, keys, by=by), VALUES).holds is holds
+
+
+def test_every_claim_and_table_is_of_rows_that_there_are() -> None:
+    assert {key for table in rows.TABLES for key in table.rows} == set(rows.ROWS)
+    assert {key for claim in rows.CLAIMS for key in claim.rows} <= set(rows.ROWS)
+    assert {claim.how for claim in rows.CLAIMS} <= set(expected.TESTS)
+    assert {row.kind for row in rows.ROWS.values()} == set(measure.KINDS)

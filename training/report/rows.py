@@ -1,0 +1,125 @@
+"""The rows of the report as data: how each makes its pictures, on how many people and prompts; tables and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from . import methods
+from .expected import Claim
+from .methods import Make
+
+FEATS, REFS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0)
+FACEID, IMAGE, FUSED = "demo_faceid.safetensors", "demo_plus_face.safetensors", "demo_fused.safetensors"
+FLASHFACE = "demo_flashface.safetensors"
+PLACED = {
+    "encoder": "demo_flashface_encoder.safetensors", "both": "demo_flashface_both.safetensors",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """`kind` is one of measure.KINDS; at most `people` and `prompts` of those there are; methods read `photos`."""
+
+    name: str
+    make: Make
+    file: str = ""
+    kind: str = "alone"
+    people: int = 64
+    prompts: int = 8
+    photos: int = 1
+
+
+def _few(name: str, make: Make, file: str, photos: int = 4) -> Row:
+    """Sweeps are on fewer pictures than the comparison, so that all of it takes two cores less than 20 minutes."""
+    return Row(name, make, file, people=32, prompts=2, photos=photos)
+
+
+def _more(name: str, make: Make, file: str, most: int) -> dict[str, Row]:
+    """The same with 1 photo and more."""
+    key = file.removeprefix("demo_").removesuffix(".safetensors")
+    return {f"{key}_{n}": _few(f"{name}, {n} photo{'s' * (n > 1)}", make, file, n) for n in range(1, most + 1)}
+
+
+def _pair(name: str, make: Make, file: str = "", photos: int = 1) -> Row:
+    return Row(name, make, file, "pairs", people=64, prompts=2, photos=photos)
+
+
+ROWS: Mapping[str, Row] = {
+    "bare": Row("no adapter", methods.bare),
+    "decoupled_arcface": Row("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
+    "decoupled_image": Row("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE),
+    "fused": Row("fused KV", methods.fused(FUSED), FUSED),
+    "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
+    "as_asked": Row("the person, drawn as asked", methods.as_asked),
+    "second_photo": Row("another real photo of the person", methods.second_photos, kind="photos"),
+    "stranger": Row("a stranger, drawn as asked", methods.another),
+    **{
+        f"feat_{feat:g}": _few(f"{feat:g}", methods.flashface(FLASHFACE, feat=feat), FLASHFACE)
+        for feat in FEATS
+    },
+    **{
+        f"ref_{ref:g}": _few(f"{ref:g}", methods.flashface(FLASHFACE, ref=ref), FLASHFACE)
+        for ref in REFS
+    },
+    **_more("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, 4),
+    **_more("fused KV", methods.fused(FUSED), FUSED, 3),
+    **_more("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE, 3),
+    **{f"placed_{where}": _few(where, methods.flashface(file), file) for where, file in PLACED.items()},
+    "pair_bare": _pair("no adapter", methods.bare),
+    "pair_fused": _pair("fused KV", methods.fused(FUSED), FUSED),
+    "pair_decoupled": _pair("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
+    "pair_flashface": _pair("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
+    "pair_as_asked": _pair("both, drawn as asked", methods.pair_as_asked),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows under a heading. `first` heads the rows' names."""
+
+    title: str
+    rows: Sequence[str]
+    text: str
+    first: str = "method"
+
+
+def _keys(prefix: str) -> list[str]:
+    return [key for key in ROWS if key.startswith(prefix)]
+
+
+MAIN = ["bare", "decoupled_arcface", "decoupled_image", "fused", "flashface", "as_asked", "second_photo", "stranger"]
+PLACES = ["placed_encoder", "placed_both", "flashface_4"]
+TABLES = (
+    Table("Every method", MAIN, "The floor is a stranger, the ceiling the person drawn as asked, or photographed."),
+    Table(
+        "FlashFace: strength", _keys("feat_"),
+        "Fig. 8 and 9: lambda_feat, at lambda_ref 2; at 0 the added layers see no face.", "lambda_feat",
+    ),
+    Table("FlashFace: guidance", _keys("ref_"), "Fig. 8: lambda_ref, at lambda_feat 0.85.", "lambda_ref"),
+    Table("FlashFace: references", _keys("flashface_"), "Table 3: the number of reference photos."),
+    Table(
+        "FlashFace: placement", PLACES, "Table 4: where the added layers stand; the last row is the decoder.",
+        "added layers",
+    ),
+    Table("Fusion: photos", [*_keys("fused_"), *_keys("plus_face_")], "Fused KV against decoupled attention."),
+    Table("Two people", _keys("pair_"), "Each in a half of the picture, by masks; a bootstrap over pairs."),
+)  # fmt: skip
+
+METHODS = ("decoupled_arcface", "decoupled_image", "fused", "flashface")
+CLAIMS = (
+    *(Claim(f"{ROWS[key].name} is above no adapter by 0.25, intervals apart", "above", (key, "bare"), by=0.25)
+      for key in METHODS),
+    Claim("a stranger is below every method", "lowest", ("stranger", *METHODS)),
+    Claim("likeness rises with lambda_feat (FlashFace, Fig. 8 A)", "rising", tuple(_keys("feat_")), "target"),
+    Claim("Paste rises with lambda_feat (FlashFace, Fig. 8 B)", "rising", tuple(_keys("feat_")), "paste"),
+    Claim("likeness rises with lambda_ref (FlashFace, Fig. 8 A)", "rising", tuple(_keys("ref_")), "target"),
+    Claim("Paste rises with lambda_ref (FlashFace, Fig. 8 B)", "rising", tuple(_keys("ref_")), "paste"),
+    Claim("more references are better (FlashFace, Table 3)", "rising", tuple(_keys("flashface_")), "target"),
+    Claim("more references paste less (FlashFace, Table 3)", "falling", tuple(_keys("flashface_")), "paste"),
+    Claim("decoder above both above encoder (FlashFace, Table 4)", "rising", tuple(PLACES), "target"),
+    Claim("more photos are better (Fusion, three faces)", "rising", tuple(_keys("fused_"))),
+    Claim("fused KV is above decoupled attention at equal training (Fusion)", "above", ("fused", "decoupled_image")),
+    Claim("two people by fused KV are who they should be in 95% of the pictures", "least", ("pair_fused",), "right",
+          by=0.95),
+)  # fmt: skip
