@@ -74,6 +74,21 @@ def test_rows_repeat(models: stack.Stack) -> None:
     assert first == second
 
 
+def test_the_eye_encodes_a_picture_once_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    class Vae:
+        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+            asked.append(float(pictures.mean()))
+            return pictures * 2
+
+    monkeypatch.setattr(stack, "KEPT", 2)
+    eye = stack.Eye(Vae())
+    for grey in (1.0, 2.0, 1.0, 3.0, 3.0, 1.0):
+        assert torch.equal(eye.encode(torch.full((1, 2, 2, 3), grey)), torch.full((1, 2, 2, 3), 2 * grey))
+    assert asked == [1, 2, 3, 1]
+
+
 def test_unknown_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="got nonsense; expected rows of the report: bare"):
         measure.planned(["bare", "nonsense"], 1, 1)

@@ -120,7 +120,13 @@ def lines(folder: Path, made: Made, rows: Mapping[str, Any]) -> Iterator[str]:
     for table in TABLES:
         for key in table.rows:
             if (folder / f"{key}.jpg").is_file():
-                yield f"\n{table.title}, {table.first} {ROWS[key].name}:\n\n![]({folder.name}/{key}.jpg)"
+                yield f"\n{_title(table, key)}:\n\n![]({folder.name}/{key}.jpg)"
+
+
+def _title(table: Table, key: str) -> str:
+    """A strip's: only in sweeps does a row's name need that of what is swept."""
+    name = ROWS[key].name
+    return f"{table.title}: {name}" if table.first == "method" else f"{table.title}: {table.first} {name}"
 
 
 def _table(table: Table, found: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
