@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from tools import host
 
 
 def work(arguments: list[str]) -> int:
-    found = host.bring()
-    words = [found.python, "-m", "benchmarks.measure", *arguments]
-    return subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode
+    return host.start("benchmarks.measure", arguments)
 
 
 if __name__ == "__main__":

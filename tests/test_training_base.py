@@ -77,6 +77,25 @@ def test_the_vae_learns(tmp_path: Path) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_the_vae_goes_on_from_a_file(trained: Path) -> None:
+    file = trained / "vae" / "model" / vae.FILE
+    fresh, begun = (vae.Vae(vae.Settings(side=32, begin=begin), DISCS, 3) for begin in ("", str(file)))
+    first = vae.load(file).state_dict()
+    assert all(torch.equal(value, first[key]) for key, value in begun.vae.state_dict().items())
+    assert not torch.equal(fresh.vae.taesd_encoder[0].weight, begun.vae.taesd_encoder[0].weight)
+    assert {value.requires_grad for value in begun.vae.taesd_encoder.parameters()} == {True}
+
+
+def test_squares_of_pixels_are_learnt_from(trained: Path) -> None:
+    vae_ = vae.Vae(vae.Settings(side=64, crop=32), DISCS, 0)
+    batch = vae_.batch(chance(5), 3)
+    assert batch["pictures"].shape == (3, 3, 32, 32) and batch["noise"].shape == (3, 4, 4, 4)
+    whole = source.pictures(DISCS, source.some(chance(5), 3), 64)
+    places = whole.unfold(2, 32, 1).unfold(3, 32, 1).flatten(2, 3)  # every square there is
+    for square, all_squares in zip(batch["pictures"], places.transpose(1, 2), strict=True):
+        assert (all_squares == square).flatten(1).all(1).any()
+
+
 def test_edges_tell_a_blurred_picture_and_moments_a_wide_latent() -> None:
     picture = source.pictures(DISCS, [5], 32)
     blurred = nn.functional.avg_pool2d(picture, 5, 1, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from comfyui_likeness.training.portrait import people
 from PIL import Image
 from torch.utils.data import DataLoader
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE, MANY = 48, 9
 ALBUM = WorldAlbum("validation", SIDE, MANY, 12)
 PLAN = Plan(batch=2, least=2, most=4, seed=5)
@@ -47,6 +50,25 @@ def test_the_same_clusters_from_both(shards):
     drawn = ClusterBatches(ALBUM, PLAN, 6)
     stored = ClusterBatches(ShardAlbum(shards, SIDE), PLAN, 6)
     assert all(same(drawn[step], stored[step]) for step in range(6))
+
+
+def test_portrait_world_as_shards_is_painted_once(tmp_path):
+    words = [sys.executable, "-m", "training.shards", tmp_path, "--people", 2, "--each", 3, "--pairs", 2, "--side", 32]
+    subprocess.run([*map(str, words)], cwd=ROOT, check=True)
+    files = sorted(tmp_path.glob("*.tar"))
+    assert [file.name for file in files] == ["alone-000000.tar", "pairs-000000.tar"]
+    album = ShardAlbum(files, side=32)
+    assert [album.pictures(number) for number in range(len(album))] == [3, 3, 1, 1]
+    (alone, pair), stamps = ((album.view(1, 2), album.view(3, 0)), [file.stat().st_mtime_ns for file in files])
+    for view, of, who in ((alone, WorldAlbum("train", 32), (1, 2)), (pair, WorldAlbum("train", 32, figures=2), (1, 0))):
+        drawn = of.view(*who)
+        assert view.caption == drawn.caption and torch.equal(view.kps, drawn.kps)
+        assert (view.picture.int() - drawn.picture.int()).abs().float().mean() < 4
+    assert "two" in pair.caption and "two" not in alone.caption
+    files[0].unlink()
+    subprocess.run([*map(str, words)], cwd=ROOT, check=True)
+    again = [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.tar"))]
+    assert again[0] > stamps[0] and again[1] == stamps[1]
 
 
 def test_webdataset_reads_the_shards(shards):

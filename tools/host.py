@@ -214,6 +214,12 @@ def environment(host: Host) -> dict[str, str]:
     return {**os.environ, "COMFYUI_PATH": str(host.path), "PYTHONUNBUFFERED": "1"}
 
 
+def start(module: str, arguments: Sequence[str], needs: Sequence[str] = RUNTIME_MODULES) -> int:
+    """Run a module of the repository in the Python of a host that has these modules; its exit code."""
+    found = bring(needs=needs)
+    return subprocess.run([found.python, "-m", module, *arguments], cwd=ROOT, env=environment(found)).returncode
+
+
 def fresh(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)

@@ -6,7 +6,6 @@ With several devices or machines start the worker itself, in the host's Python a
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from tools import host
@@ -15,9 +14,7 @@ NEEDS = (*host.RUNTIME_MODULES, "accelerate", "tensorboard", "onnx")
 
 
 def work(arguments: list[str]) -> int:
-    found = host.bring(needs=NEEDS)
-    words = [found.python, "-m", "training.run", *arguments]
-    return subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode
+    return host.start("training.run", arguments, NEEDS)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from .data import WorldAlbum, write_shard
+from .portrait.people import SPLITS
 
 PER_SHARD = 250  # people
 
 
-def tasks(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path, int]]:
-    """What there is to write: people alone, then pairs; shards that are there already are left as they are."""
+def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path, int]]:
+    """What there is to write, for write_shard: people alone, then pairs, but for the shards that are there."""
     albums = {
         "alone": WorldAlbum(given.split, given.side, given.people, given.each),
         "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, figures=2),
@@ -33,7 +34,7 @@ def tasks(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, ran
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.shards", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--split", default="train", help="train, validation or test: nobody is in two of them")
+    parser.add_argument("--split", choices=list(SPLITS), default="train", help="nobody is in two of them")
     parser.add_argument("--people", type=int, default=8000)
     parser.add_argument("--each", type=int, default=6, help="pictures of everyone")
     parser.add_argument("--pairs", type=int, default=7000, help="pictures of two people")
@@ -42,9 +43,8 @@ def main(words: Sequence[str]) -> int:
     given.folder.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
 
-    todo = tasks(given.folder, given)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        waiting = [pool.submit(write_shard, *task) for task in todo]
+        waiting = [pool.submit(write_shard, *task) for task in missing(given.folder, given)]
         for done in tqdm(waiting, desc="shards"):
             done.result()
     return 0

@@ -32,7 +32,7 @@ class Settings:
     """`side` in pixels, of which squares of `crop` are trained on; `noise` is the spread of what the decoder has to
     bear, in latents of spread 1. `squares`, `edges` and `moments` weigh what is beside the plain difference of pixels.
 
-    It may `begin` with a file. Without `encoder` only the decoder learns: what was trained on its latents stays valid.
+    It may `begin` with the file of another run.
     """
 
     side: int = 128
@@ -42,7 +42,6 @@ class Settings:
     edges: float = 0.3
     moments: float = 0.01
     begin: str = ""
-    encoder: bool = True
 
 
 class Vae(Task):
@@ -62,7 +61,6 @@ class Vae(Task):
                 self.vae.load_state_dict(load(Path(settings.begin)).state_dict())
         self.vae.vae_scale.requires_grad_(False)
         self.vae.vae_shift.requires_grad_(False)
-        self.vae.taesd_encoder.requires_grad_(settings.encoder)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, crop = self.settings.side, min(self.settings.crop, self.settings.side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from tools import host
@@ -11,9 +10,7 @@ NEEDS = (*host.RUNTIME_MODULES, "PIL")
 
 
 def work(arguments: list[str]) -> int:
-    found = host.bring(needs=NEEDS)
-    words = [found.python, "-m", "training.report.run", *arguments]
-    return subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode
+    return host.start("training.report.run", arguments, NEEDS)
 
 
 if __name__ == "__main__":
