@@ -63,6 +63,7 @@ def test_portrait_world_as_shards_is_painted_once(tmp_path):
     for view, of, who in ((alone, WorldAlbum("train", 32), (1, 2)), (pair, WorldAlbum("train", 32, figures=2), (1, 0))):
         drawn = of.view(*who)
         assert view.caption == drawn.caption and torch.equal(view.kps, drawn.kps)
+        assert torch.equal(view.others, drawn.others) and len(view.others) == of.figures - 1
         assert (view.picture.int() - drawn.picture.int()).abs().float().mean() < 4
     assert "two" in pair.caption and "two" not in alone.caption
     files[0].unlink()

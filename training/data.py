@@ -40,6 +40,7 @@ class View(NamedTuple):
     kps: Tensor  # [5, 2], as a viewer sees them: left eye, right eye, nose, left and right corner of the mouth
     box: Tensor  # [4]: left, top, right, bottom of the face
     mask: Tensor  # bool [H, W], the face without hair, with its beard
+    others: Tensor  # [n, 7, 2], of the faces beside this one: two corners of the box, five points
 
 
 class Clusters(NamedTuple):
@@ -97,7 +98,8 @@ class WorldAlbum:
         painted = world.paint([world.person(identity, self.split), *beside], scene, self.side)
         whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
         image, kps, box, mask = (torch.from_numpy(value) for value in whole)
-        return View(image, world.caption(scene), kps, box, mask)
+        others = np.concatenate((painted.box.reshape(-1, 2, 2), painted.kps), axis=1)[1:]
+        return View(image, world.caption(scene), kps, box, mask, torch.from_numpy(others))
 
 
 class Member(NamedTuple):
@@ -116,10 +118,10 @@ class Member(NamedTuple):
 class ShardAlbum:
     """WebDataset shards, not compressed: `<identity>/<n>.jpg` (or png, webp), `.json` and, if it is known, `.mask.png`.
 
-    The JSON holds `caption`, `kps` [5][2] and `box` [4]. Without a mask the box is the face. Pictures of another size
-    are cut square around the face and resized, unless `side` is None. Shards must be files at hand: their headers are
-    read once, here, and every picture is then found by number. Raises ValueError on shards that hold no picture or one
-    without its JSON.
+    The JSON holds `caption`, `kps` [5][2] and `box` [4], and `others` [n][7][2] where there are more faces. Without a
+    mask the box is the face. Pictures of another size are cut square around the face and resized, unless `side` is
+    None. Shards must be files at hand: their headers are read once, here, and every picture is then found by number.
+    Raises ValueError on shards that hold no picture or one without its JSON.
     """
 
     def __init__(self, shards: Iterable[Path], side: int | None = 128) -> None:
@@ -168,7 +170,8 @@ class ShardAlbum:
         image = _decode(parts[kind].read(), "RGB")
         box = torch.tensor(about["box"])
         mask = _decode(parts[MASK_NAME].read(), "L") > 127 if MASK_NAME in parts else _inside(box, image.shape)
-        whole = View(image, about["caption"], torch.tensor(about["kps"]), box, mask)
+        others = torch.tensor(about.get("others", ())).view(-1, 7, 2)
+        whole = View(image, about["caption"], torch.tensor(about["kps"]), box, mask, others)
         return whole if self.side is None else fit(whole, self.side)
 
     def _parts(self, identity: int, picture: int) -> dict[str, Member]:
@@ -206,10 +209,9 @@ def fit(view: View, side: int) -> View:
     image = Image.fromarray(view.picture[cut].numpy()).resize((side, side), Image.Resampling.LANCZOS)
     mask = Image.fromarray(view.mask[cut].numpy().astype(np.uint8) * 255).resize((side, side), Image.Resampling.BOX)
     corner, scale = torch.tensor([left, top]) - 0.5, side / square
-    kps, box = (((points.view(-1, 2) - corner) * scale - 0.5) for points in (view.kps, view.box))
-    return View(
-        torch.from_numpy(np.array(image)), view.caption, kps, box.flatten(), torch.from_numpy(np.array(mask)) > 127
-    )
+    face = torch.from_numpy(np.array(mask)) > 127
+    kps, box, others = ((points - corner) * scale - 0.5 for points in (view.kps, view.box.view(2, 2), view.others))
+    return View(torch.from_numpy(np.array(image)), view.caption, kps, box.flatten(), face, others)
 
 
 def write_shards(
@@ -238,6 +240,7 @@ def write_shard(album: Album, people: range, path: Path, pictures: int, lossless
             for number in range(min(pictures, album.pictures(identity))):
                 view = album.view(identity, number)
                 about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
+                about |= {"others": view.others.tolist()} if len(view.others) else {}
                 stem = f"{album.name(identity)}/{number}"
                 mask = _encode(view.mask.to(torch.uint8) * 255, "png", {})
                 _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
