@@ -14,7 +14,12 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights" / "demo" / "people"
 SIDE = 128
 # Names as nodes/loaders/demo.py has them, and numbers of the split that nothing is trained on: not alike at a glance.
 CAST = {"Ada": 12, "Bo": 5, "Cleo": 15, "Dev": 39, "Finn": 20, "Kim": 9}
-PHOTOS = (Prompt("photo", "room"), Prompt("photo", "city", "smiling"), Prompt("photo", "meadow"), Prompt("photo", "plain"))
+PHOTOS = (
+    Prompt("photo", "room"),
+    Prompt("photo", "city", "smiling"),
+    Prompt("photo", "meadow"),
+    Prompt("photo", "plain"),
+)
 
 
 def strip(number: int) -> Image.Image:
