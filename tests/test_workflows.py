@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comfyui_likeness.tools import demo
 from comfyui_likeness.tools.server import ServerError
-from flows import APPLY, NAMES, WORKFLOWS, bare, cached, made, paint, pixels, run, small, workflow
+from flows import APPLY, NAMES, UNSHIPPED, WORKFLOWS, bare, cached, made, paint, pixels, run, small, workflow
 from PIL import Image
 from safetensors import safe_open
 
@@ -59,7 +59,7 @@ def test_workflow_has_no_overlaps_and_names_its_pack(name):
     assert own and all(node["properties"]["cnr_id"] == "likeness-identity" for node in own)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *UNSHIPPED])
 def test_prompt_fits_what_the_server_declares(name, info):
     prompt = demo.read(name)
     for node in prompt.values():
@@ -76,6 +76,11 @@ def test_prompt_fits_what_the_server_declares(name, info):
                 assert accepts(wanted, given), (node["class_type"], key, wanted, given)
         missing = set(about["input"].get("required", {})) - set(node["inputs"]) - grown
         assert not missing, (node["class_type"], missing)
+
+
+@pytest.mark.parametrize("name", UNSHIPPED)
+def test_workflow_waits_for_weights(name):
+    pytest.skip(f"weights/ lacks {', '.join(UNSHIPPED[name])}")
 
 
 def test_a_library_is_made(library, server):
