@@ -49,8 +49,8 @@ GROUPS = (
         0,
         "#3f789e",
         ("LoadImage", "ImageScale", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
-            "DemoPerson", "LoadFaceAnalyzer", "LoadImageEncoder", "LoadOmniID", "EncodeIdentity", "LoadIdentity", "MixIdentities",
-            "AttentionMap"))),
+            "DemoPerson", "LoadFaceAnalyzer", "LoadImageEncoder", "LoadOmniID", "EncodeIdentity", "LoadIdentity",
+            "MixIdentities", "AttentionMap"))),
     ),
     Group("Place", 0, "#88527a", ("SolidMask", "MaskComposite")),
     Group("People", 0, "#a1603c", tuple(f"{PREFIX}{name}" for name in (
