@@ -16,6 +16,7 @@ from .resampler import Shapes
 from .spec import AdapterSpec, Feature
 
 BASES = {16: "SD1.5", 70: "SDXL"}  # by the number of cross-attentions
+TEXTS = {128: "Portrait World"}  # base models of SD1.5's layers by the width of their text: the demo's
 FLUX = "FLUX.1"
 KEYS = ("k.weight", "k.weight")
 # Kinds for FLUX -> of a layer, the matrix that gives the model's width, and the one that reads the tokens.
@@ -119,6 +120,11 @@ NEEDS: dict[str, Callable[[Shapes], tuple[Feature, ...]]] = {
     "pulid_v1_1": lambda s: (FACE_ANTELOPE, *EVA),
     "pulid_flux": lambda s: (FACE_ANTELOPE, *EVA),
 }
+
+
+def base_name(base: str, text: int) -> str:
+    """What to call a family's base model whose text is so wide."""
+    return TEXTS.get(text, base)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

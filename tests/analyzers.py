@@ -12,7 +12,8 @@ from comfyui_likeness.tools import standins
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A models folder of its own for the host."""
+    """A models folder of its own for the host, beside which nothing ships."""
+    monkeypatch.setattr(files, "SHIPPED", tmp_path / "weights")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})

@@ -284,7 +284,7 @@ def test_the_side_of_the_face_can_be_chosen(base: ModelPatcher) -> None:
 
 
 def test_what_does_not_fit_is_refused(base: ModelPatcher) -> None:
-    with pytest.raises(ValueError, match=r"adapter for SDXL \(70 cross-attentions\); .* has 16"):
+    with pytest.raises(ValueError, match=r"adapter for SDXL \(70 cross-attentions up to 64 wide\); .* has 16"):
         fused(base, adapter("SDXL"))
     with pytest.raises(ValueError, match="9 input channels"):
         fused(patcher(in_channels=9))

@@ -253,7 +253,7 @@ def test_what_cannot_be_trained_is_said(stack: Path, tmp_path: Path) -> None:
         replace(stacks.task("clean", stack).settings, noise="loud")
     with pytest.raises(ValueError, match="which is not there; expected a recogniser"):
         readers.ArcFace(tmp_path / "none.onnx", "demo")
-    with pytest.raises(ValueError, match="expected a vision tower; train clip"):
+    with pytest.raises(ValueError, match="expected a vision tower; fetch or train it"):
         readers.load_vision(stack / clip.TEXT)
 
 

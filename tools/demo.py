@@ -40,6 +40,18 @@ INSTEAD: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What a prompt reads of weights/, which needs no stand-in, by a class or a value in it.
+SHIPPED = host.ROOT / "weights"
+DEMO = "LikenessLoadDemo"
+BROUGHT = {
+    DEMO: tuple(f"demo/{name}.safetensors" for name in ("unet", "text", "vae", "vision")),
+    "demo": tuple(f"insightface/models/demo/{name}.onnx" for name in ("detector", "recogniser")),
+    "demo_faceid.safetensors": ("ipadapter/demo_faceid.safetensors",),
+    "demo_plus_face.safetensors": ("ipadapter/demo_plus_face.safetensors",),
+    "demo_fused.safetensors": ("likeness/demo_fused.safetensors",),
+    "demo_flashface.safetensors": ("likeness/demo_flashface.safetensors",),
+}
+
 Prompt = dict[str, Any]
 
 
@@ -76,6 +88,13 @@ def files(prompt: Prompt) -> list[str]:
     """The model files that the prompt names."""
     values = {value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, str)}
     return sorted(value for value in values if value.endswith(WEIGHTS))
+
+
+def unshipped(prompt: Prompt) -> list[str]:
+    """What the prompt reads of weights/ and is not there yet."""
+    said = [word for node in prompt.values() for word in (node["class_type"], *node["inputs"].values())]
+    wanted = [file for word in said if isinstance(word, str) for file in BROUGHT.get(word, ())]
+    return [file for file in dict.fromkeys(wanted) if not (SHIPPED / file).is_file()]
 
 
 def missing(prompt: Prompt, info: dict[str, Any]) -> list[str]:
@@ -145,8 +164,9 @@ def on_own_models(found: host.Host, prompt: Prompt, photo: Path | None, output: 
 def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: Path, cpu: bool) -> list[Path]:
     """Run on small models with random weights, made in `.host/base/models`."""
     base = host.HOME / "base"
-    host.say("using stand-in models with random weights: the pictures will be noise, only the plumbing is real")
-    prompt = for_stand_ins(small(prompt) if cpu else prompt)
+    if all(node["class_type"] != DEMO for node in prompt.values()):
+        host.say("using stand-in models with random weights: the pictures will be noise, only the plumbing is real")
+        prompt = for_stand_ins(small(prompt) if cpu else prompt)
     show_photo(prompt, photo, base, found.python)
     words = [found.python, "-c", STAND_INS, base, *files(prompt)]
     if subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode:

@@ -45,6 +45,12 @@ ABOUT = {
     "interface paints this person by the word embedding:anna.",
     "adaface_group_depth": "Three people in one prompt, by AdaFace, where a depth map has them: ComfyUI's own "
     "ControlNet reads the same words.",
+    "demo_decoupled": "A watercolour of a drawn person, by decoupled attention to the face's vector. Choose "
+    "another person and run it again.",
+    "demo_plus_face": "The same by what a CLIP image encoder sees of the head.",
+    "demo_fused": "Two drawn people in one picture, by fused KV: a half of the picture for each.",
+    "demo_flashface": "A drawn person by FlashFace, from four photos; strength and reference_guidance as in the paper.",
+    "demo_identity": "A person between two drawn ones, kept in models/identities and painted.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
     "identity_library_use": "Mixes two kept identities and paints the result. Run identity_library_make first, or "
@@ -134,8 +140,9 @@ def files(prompt: Prompt) -> list[str]:
 
 def note(name: str, prompt: Prompt) -> str:
     """The text of the note that says what the workflow does and which models go where."""
-    lines = [ABOUT[name], "", "Models:", ""]
-    for file in files(prompt):
+    found = files(prompt)
+    lines = [ABOUT[name], "", "Models:" if found else "All models ship with the pack.", ""]
+    for file in found:
         url, folder = MODELS[file]
         name = f"[{file}]({url})" if url else f"{file}, of your own training,"
         how = " (unpacked)" if url.endswith(".zip") else "" if direct(url) or not url else f", made by `{CONVERT}`"

@@ -49,8 +49,8 @@ GROUPS = (
         0,
         "#3f789e",
         ("LoadImage", "ImageScale", "CLIPVisionLoader", *(f"{PREFIX}{name}" for name in (
-            "LoadFaceAnalyzer", "LoadImageEncoder", "LoadOmniID", "EncodeIdentity", "LoadIdentity", "MixIdentities",
-            "AttentionMap"))),
+            "DemoPerson", "LoadFaceAnalyzer", "LoadImageEncoder", "LoadOmniID", "EncodeIdentity", "LoadIdentity",
+            "MixIdentities", "AttentionMap"))),
     ),
     Group("Place", 0, "#88527a", ("SolidMask", "MaskComposite")),
     Group("People", 0, "#a1603c", tuple(f"{PREFIX}{name}" for name in (
@@ -67,7 +67,7 @@ GROUPS = (
     Group("Model and prompt", 1, "#6b5b95", (
         "CheckpointLoaderSimple", "UNETLoader", "DualCLIPLoader", "VAELoader", "CLIPTextEncode", "FluxGuidance",
         "ConditioningZeroOut", "EmptyLatentImage", "EmptySD3LatentImage", "InpaintModelConditioning",
-        "PrimitiveStringMultiline", "RegexExtract")),
+        "PrimitiveStringMultiline", "RegexExtract", f"{PREFIX}LoadDemo")),
     Group("Identity into the prompt", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (
         "LoadAdaFace", "Prompt", "SaveEmbedding")) + ("StringReplace",)),
     Group("Identity into the model", 1, "#3f7a5a", tuple(f"{PREFIX}{name}" for name in (

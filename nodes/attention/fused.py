@@ -146,9 +146,11 @@ def fitting(spec: FusedSpec, model: ModelPatcher) -> dict[Place, str]:
     """The model's cross-attentions and their paths, if the adapter was made for such a model. Raises ValueError."""
     found = sites(model.model.diffusion_model)
     if {site.key: site.hidden for site in found} != dict(spec.layers):
+        own, there = max(spec.layers.values()), max((site.hidden for site in found), default=0)
         raise ValueError(
-            f"got a fused KV adapter for {spec.base} ({len(spec.layers)} cross-attentions); expected one for this "
-            f"model, which has {len(found)}; load an adapter for this base model, or a {spec.base} checkpoint"
+            f"got a fused KV adapter for {spec.base} ({len(spec.layers)} cross-attentions up to {own} wide); expected "
+            f"one for this model, which has {len(found)} up to {there} wide; load an adapter for this base model, or "
+            f"the {spec.base} model that it was trained on"
         )
     channels = model.model.diffusion_model.in_channels
     if channels != CHANNELS:

@@ -9,7 +9,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from torch import nn
 
-from ...likeness import curves
+from ...likeness import curves, detect
 from ...likeness.spec import AdapterSpec
 from .injection import Place
 
@@ -100,9 +100,10 @@ def fitting(spec: AdapterSpec, model: ModelPatcher) -> list[Site]:
     widths = tuple(site.hidden for site in found)
     if widths != spec.layers or (spec.as_text and any(site.context != spec.width for site in found)):
         context = found[0].context if found else 0
+        base = detect.base_name(spec.base, spec.width)
         raise ValueError(
-            f"got an adapter for {spec.base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "
-            f"expected one for this model, which has {len(found)} of text width {context}; "
-            f"load an adapter for this base model, or a {spec.base} checkpoint"
+            f"got an adapter for {base} ({len(spec.layers)} cross-attentions, text width {spec.width}); "
+            f"expected one for {detect.base_name('this model', context)}, which has {len(found)} of text width "
+            f"{context}; load an adapter for this base model, or a {base} model"
         )
     return found

@@ -17,6 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 FOLDERS = ("ipadapter", "instantid", "pulid", "clip_vision", "insightface", "likeness", "identities")
+# What ships with the pack, and the model folders of which a part does.
+SHIPPED = Path(__file__).resolve().parents[2] / "weights"
+SHIPPED_FOLDERS = ("insightface", "ipadapter", "likeness")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 NOT_WEIGHTS = (
@@ -29,9 +32,14 @@ NOT_WEIGHTS = (
 
 
 def register() -> None:
-    """Tell the host of the pack's model folders; folders it knows already keep their paths."""
+    """Tell the host of the pack's model folders; folders it knows already keep their paths.
+
+    What ships is a further place behind the user's own, whose files count before it and where new ones go.
+    """
     for folder in FOLDERS:
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+        if folder in SHIPPED_FOLDERS:
+            folder_paths.add_model_folder_path(folder, str(SHIPPED / folder))
         paths, extensions = folder_paths.folder_names_and_paths[folder]
         if not extensions and folder != "insightface":
             folder_paths.folder_names_and_paths[folder] = (paths, folder_paths.supported_pt_extensions)
@@ -54,7 +62,7 @@ def find(name: str, *folders: str) -> Path:
         path = folder_paths.get_full_path(folder, name)
         if path is not None and Path(path).is_file():
             return Path(path)
-    places = ", ".join(str(root) for folder in folders for root in roots(folder))
+    places = ", ".join(str(root) for folder in folders for root in roots(folder) if SHIPPED not in root.parents)
     raise ValueError(f"got {name!r}, which is not there; expected a file in {places}; put it there and press R")
 
 

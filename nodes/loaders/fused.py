@@ -29,9 +29,10 @@ def build(spec: FusedSpec, tensors: Mapping[str, Tensor], file: str) -> types.Lo
 def load(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> tuple[types.LoadedFused, str]:
     """An adapter of a file's tensors and metadata, and a report. Raises ValueError (see math.read_spec)."""
     spec = math.read_spec(tensors, told, file)
+    base = detect.base_name(spec.base, tensors["text.hidden"].shape[-1])
     notes = "; ".join(f"{key}: {value}" for key, value in spec.notes.items()) or "nothing said"
     lines = [
-        f"{file}: fused KV for {spec.base}, {len(spec.layers)} cross-attentions",
+        f"{file}: fused KV for {base}, {len(spec.layers)} cross-attentions",
         f"Faces of {spec.face_size} pixels, noise: {spec.stream_noise}. Training: {notes}.",
         "Needs identities with face crops, and Apply Identity (Fused KV).",
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +11,13 @@ import comfy.clip_vision
 import torch
 from comfy.clip_vision import ClipVisionModel
 from comfy.taesd.taesd import TAESD
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ...likeness import faces
 from ...likeness.spec import Face, Feature
 from ...nodes.attention import fused
 from ...nodes.encode import HostEncoder
+from ...nodes.loaders import files, small
 from ..base import latents, recogniser
 from ..data import View
 
@@ -120,16 +118,10 @@ def head(view: View) -> Tensor:
 
 def load_vision(file: Path) -> ClipVisionModel:
     """A vision tower, trained here or any that the host loads. Raises ValueError where the file is none."""
-    try:
-        with safe_open(file, "pt") as opened:
-            told = (opened.metadata() or {}).get("likeness")
-        if told is None:
-            found = comfy.clip_vision.load(str(file))
-        else:
-            found = ClipVisionModel(json.loads(told)["settings"]["config"])
-            found.load_sd(load_file(file))
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a vision tower; train clip") from error
+    if files.told(file) is not None:
+        return small.load_vision(file)
+    with small.reading(file, "a vision tower"):
+        found = comfy.clip_vision.load(str(file))
     if found is None:
         raise ValueError(f"got {file}, which the host knows as no vision tower; expected one; train clip first")
     return found

@@ -5,7 +5,6 @@ The text encoder keeps the host's tokens; it has embeddings for those of the cap
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
-from comfy.sd1_clip import SDClipModel, SDTokenizer
-from safetensors import safe_open
+from comfy.sd1_clip import SDTokenizer
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
 from ...likeness import own_file, vocabulary
+from ...nodes.loaders.small import load_text as load_text
+from ...nodes.loaders.small import text_encoder
 from ..task import Batch, Task, start
 from .source import Source, captions, pictures
 
@@ -145,29 +145,6 @@ def vision_config(settings: Settings) -> dict[str, Any]:
         "num_channels": 3, "projection_dim": settings.width, "hidden_act": "quick_gelu",
         "model_type": "clip_vision_model",
     }  # fmt: skip
-
-
-def text_encoder(config: Mapping[str, Any], known: Sequence[int]) -> Any:
-    """The host's text encoder of that size: lists of tokens to states [n, 77, width] and projected texts [n, width]."""
-    options = {"clip_l_model_config": dict(config), "custom_operations": comfy.ops.disable_weight_init}
-    text: Any = SDClipModel(device=str(torch.get_default_device()), dtype=torch.float32, model_options=options)
-    text.transformer.set_input_embeddings(vocabulary.Vocabulary(known, config["hidden_size"]))
-    return text
-
-
-def load_text(file: Path) -> Any:
-    """A trained text encoder as a plain module. Raises ValueError where the file is not one."""
-    try:
-        with safe_open(file, "pt") as opened:
-            told = json.loads((opened.metadata() or {})["likeness"])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-        text = text_encoder(told["settings"]["config"], tensors.pop(vocabulary.KNOWN).tolist())
-        text.transformer.load_state_dict({key: value.float() for key, value in tensors.items()})
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"got {file} ({str(error).splitlines()[0]}); expected a text encoder; train clip first"
-        ) from error
-    return text.eval().requires_grad_(False)
 
 
 def tokens_of(tokenizer: SDTokenizer, words: Sequence[str] | None) -> Sequence[int]:

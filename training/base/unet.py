@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import comfy.model_base
-import comfy.ops
 import comfy.sample
-import comfy.supported_models
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.taesd.taesd import TAESD
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ...likeness import own_file
+from ...nodes.loaders import small
+from ...nodes.loaders.small import PREFIX, base_model
 from ..task import Batch, Task, start
 from . import clip, latents, vae
 from .source import PICTURES, Source, captions, pictures, sheet, some
 
 FILE = "unet.safetensors"
+load = small.load_unet
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
-PREFIX = "model.diffusion_model."
 SHOWN = 6
 SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
@@ -181,26 +177,3 @@ def config(settings: Settings, width: int) -> dict[str, Any]:
         "transformer_depth_middle": 1, "context_dim": width, "num_heads": settings.heads,
         "use_spatial_transformer": True, "legacy": False, "use_checkpoint": settings.checkpointing,
     }  # fmt: skip
-
-
-def base_model(described: Mapping[str, Any]) -> BaseModel:
-    """A MODEL's inside, as the host has it, without weights."""
-    described = copy.deepcopy(dict(described))  # the host's modules consume the lists
-    supported = comfy.supported_models.SD15(described)
-    supported.unet_config |= {"num_heads": described["num_heads"]}
-    supported.set_inference_dtype(torch.float32, None)
-    return comfy.model_base.BaseModel(supported, device=torch.get_default_device())
-
-
-def load(file: Path) -> BaseModel:
-    """A trained UNet in the host's own model. Raises ValueError where the file is not one."""
-    try:
-        with safe_open(file, "pt") as opened:
-            told = json.loads((opened.metadata() or {})["likeness"])
-            tensors = {key.removeprefix(PREFIX): opened.get_tensor(key).float() for key in opened.keys()}
-        # The host's checkpointing knows no weights without a gradient, as those of a frozen model are.
-        model = base_model({**told["settings"]["config"], "use_checkpoint": False})
-        model.diffusion_model.load_state_dict(tensors)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a UNet; train it first") from error
-    return model

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from comfy.latent_formats import SD15
 from comfy.taesd.taesd import TAESD
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ...likeness import own_file
+from ...nodes.loaders.small import load_vae as load
 from ..task import Batch, Task, start
 from .latents import decode, encode
 from .source import Source, pictures, sheet, some
@@ -91,16 +92,6 @@ class Vae(Task):
         tensors = {key: value.half().contiguous() for key, value in self.vae.state_dict().items()}
         told = {**asdict(self.settings), "channels": 4}
         save_file(tensors, folder / FILE, own_file.metadata("vae", "SD1.5", notes, settings=told))
-
-
-def load(file: Path) -> TAESD:
-    """A trained VAE as a plain module. Raises ValueError where the file is not one."""
-    vae = TAESD()
-    try:
-        vae.load_state_dict({key: value.float() for key, value in load_file(file).items()})
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a VAE; train it first") from error
-    return vae.eval().requires_grad_(False)
 
 
 def edges(made: Tensor, asked: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from torch import Tensor
 
 from ...likeness import faces
 from ...likeness.spec import Face
-from ...nodes.loaders import adapter, face_analyzer, files, flashface
+from ...nodes.loaders import adapter, demo, face_analyzer, files, flashface
 from ...nodes.types import Analyzer, LoadedReferenceNet
 from ..adapters.readers import ArcFace
 from ..base import unet
 from ..base.recogniser import SIDE, VECTOR
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 PACK = "demo"
 KEPT = 32  # batches of pictures with their latents
 CACHE = 1024  # MiB for what the reference net saw
@@ -135,9 +133,9 @@ def _right(face: Face, middle: float) -> bool:
 def load(steps: int) -> Stack:
     """The shipped stack. Raises ValueError where a file is not there."""
     files.register()
-    demo = import_module("...nodes.loaders.demo", __package__)
     analyzer, _ = face_analyzer.load(PACK, "auto")
-    return Stack(*demo.load(), analyzer=analyzer, judge=ArcFace(WEIGHTS / "demo" / "judge.onnx", "judge"), steps=steps)
+    judge = ArcFace(files.SHIPPED / "demo" / "judge.onnx", "judge")
+    return Stack(*demo.load(), analyzer=analyzer, judge=judge, steps=steps)
 
 
 def place(file: str) -> Path | None:
@@ -161,7 +159,7 @@ def shipped(path: Path) -> Shipped:
     return Shipped(files.sha256(path)[:8], ", ".join(f"{key} {value}" for key, value in notes.items()))
 
 
-def base(folder: Path = WEIGHTS) -> dict[str, Shipped]:
+def base(folder: Path = files.SHIPPED) -> dict[str, Shipped]:
     """The files that every row is made and measured with."""
     found = [*(folder / "demo").glob("*.safetensors"), *(folder / "demo").glob("*.onnx")]
     found += (folder / "insightface").rglob("*.onnx")
