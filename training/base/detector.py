@@ -1,7 +1,7 @@
 """A detector of drawn faces for insightface: SCRFD on pictures of 128 pixels, trained on shards and what befalls them.
 
-Its file reads 128 x 128 pixels and nothing else: insightface then shrinks or enlarges every photo to that, whatever size
-is asked for. Faces are to be an eighth of the picture or more.
+Its file reads 128 x 128 pixels and nothing else: insightface then shrinks or enlarges every photo to that, whatever
+size is asked for. Faces are to be an eighth of the picture or more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Detector(Task):
-    """Losses: scores are to tell the box's IoU (quality focal loss, Li et al. 2006.04388), DIoU of boxes, and points."""
+    """Losses: of scores, which tell their box's IoU (quality focal loss, Li et al. 2006.04388), of boxes and points."""
 
     def __init__(self, settings: Settings, source: Source, seed: int) -> None:
         super().__init__()
@@ -74,8 +74,8 @@ class Detector(Task):
         """How faces of people outside the training are found, in painted pictures and in blurred ones."""
         views = self._strangers
         device = next(self.parameters()).device
-        pictures, wanted = read(views).to(device), [face_of(view) for view in views]
-        sharp, soft = (self.find(some) for some in (pictures, disturb.blur(pictures, BLURRED)))
+        pictures, wanted = read(views).to(device), [faces_of(view) for view in views]
+        sharp, soft = (self.find(x) for x in (pictures, disturb.blur(pictures, BLURRED)))
         shown = torch.stack(
             [marked(view.picture, faces) for view, faces in zip(views[:SHOWN], sharp[:SHOWN], strict=True)]
         )
@@ -108,7 +108,7 @@ def read(views: Sequence[View]) -> Tensor:
     return (torch.stack([view.picture for view in views]).movedim(-1, 1).float() - 127.5) / 128
 
 
-def face_of(view: View) -> Tensor:
+def faces_of(view: View) -> Tensor:
     """All faces of a picture, [k, 7, 2]."""
     own = torch.cat((view.box.view(2, 2), view.kps))
     return torch.cat((own[None], view.others))
@@ -118,19 +118,19 @@ def together(views: Sequence[View]) -> Tensor:
     """The faces of pictures [n, MOST, 7, 2], each picture's own first; where there are fewer, of no size."""
     faces = torch.zeros(len(views), MOST, 7, 2)
     for row, view in zip(faces, views, strict=True):
-        some = face_of(view)[:MOST]
-        row[: len(some)] = some
+        there = faces_of(view)[:MOST]
+        row[: len(there)] = there
     return faces
 
 
 def moved(pictures: Tensor, faces: Tensor, chance: Generator) -> tuple[Tensor, Tensor]:
-    """Pictures zoomed so that their own faces are of any size and at any place, half of them mirrored; a part as it was.
+    """Pictures zoomed, so that their own faces are of any size and at any place; a part is not. Half are mirrored.
 
     What lies beyond a picture is grey or black, as around photos with a margin and beside those that are not square.
     """
     n, side = len(pictures), pictures.shape[-1]
     still, size, x, y, mirrored, black = torch.rand(6, n, generator=chance).unbind()
-    own, middle = _sizes(faces[:, 0]), faces[:, 0, :2].mean(1)
+    own, middle = sizes(faces[:, 0]), faces[:, 0, :2].mean(1)
     zoom = (SIZES[0] * (SIZES[1] / SIZES[0]) ** size / own).clamp(*ZOOMS)
     place = (PLACES[0] + (PLACES[1] - PLACES[0]) * torch.stack((x, y), -1)) * side
     flip = torch.stack((torch.where(mirrored < 0.5, -1, 1), torch.ones(n)), -1)  # [n, 2]
@@ -144,7 +144,7 @@ def moved(pictures: Tensor, faces: Tensor, chance: Generator) -> tuple[Tensor, T
     seen = disturb.moved(pictures - beyond, theta, "zeros") + beyond
     put = (faces - middle[:, None, None]) * scale[:, None, None] + place[:, None, None]
     put = torch.where((mirrored < 0.5).view(n, 1, 1, 1), flipped(put), put)
-    return seen, torch.where(_sizes(faces)[..., None, None] > 0, put, 0)
+    return seen, torch.where(sizes(faces)[..., None, None] > 0, put, 0)
 
 
 def flipped(faces: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def flipped(faces: Tensor) -> Tensor:
     return out
 
 
-def _sizes(faces: Tensor) -> Tensor:
+def sizes(faces: Tensor) -> Tensor:
     """The root of the area of each box: [...] of [..., 7, 2]."""
     return (faces[..., 1, :] - faces[..., 0, :]).prod(-1).sqrt()
 
@@ -162,13 +162,13 @@ def _sizes(faces: Tensor) -> Tensor:
 def assign(faces: Tensor, at: scrfd.Anchors) -> Tensor:
     """Which face of its picture [n, m, 7, 2] each anchor stands for: [n, a], -1 for none.
 
-    A face is told by the anchors near its middle that are about as large; where two are near, the nearer one in parts of
-    its size. No face of 14 pixels or more is without an anchor, as NEAR spans at least half a stride to either side.
+    A face is told by the anchors near its middle that are about as large; where two are near, the nearer one in parts
+    of its size. No face of 14 pixels or more is without an anchor, as NEAR spans half a stride to either side.
     """
-    sizes = _sizes(faces)[..., None]  # [n, m, 1]
-    off = (faces[:, :, None, :2].mean(3) - at.middles).abs().amax(-1) / sizes  # [n, m, a]
-    size = sizes.clamp(at.sizes.min(), at.sizes.max())
-    fits = (sizes > 0) & (off <= NEAR) & ((size / at.sizes).log2().abs() <= math.log2(ALIKE))
+    size = sizes(faces)[..., None]  # [n, m, 1]
+    off = (faces[:, :, None, :2].mean(3) - at.middles).abs().amax(-1) / size  # [n, m, a]
+    times = size.clamp(at.sizes.min(), at.sizes.max()) / at.sizes
+    fits = (size > 0) & (off <= NEAR) & (times.log2().abs() <= math.log2(ALIKE))
     nearest, which = torch.where(fits, off, torch.inf).min(1)
     return torch.where(nearest.isfinite(), which, -1)
 
@@ -187,7 +187,7 @@ def losses(found: scrfd.Found, faces: Tensor, at: scrfd.Anchors) -> dict[str, Te
     off = (found.scores.detach().sigmoid() - wanted).square()
     scores = binary_cross_entropy_with_logits(found.scores, wanted, off, reduction="sum")
     boxes = distance_box_iou_loss(said[:, :2].flatten(1), true[:, :2].flatten(1), reduction="sum")
-    size = _sizes(true)[:, None, None]
+    size = sizes(true)[:, None, None]
     points = smooth_l1_loss(said[:, 2:] / size, true[:, 2:] / size, reduction="none", beta=SMALL_ERROR)
     return {"scores": scores / count, "boxes": boxes / count, "points": POINTS * points.mean((1, 2)).sum() / count}
 
@@ -203,14 +203,14 @@ def box_iou_each(one: Tensor, other: Tensor) -> Tensor:
 def measure(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, Tensor]:
     """The part of the faces that are found, finds a picture that are none, the error of points in eye distances."""
     right, false, errors = 0, 0, []
-    for some, true in zip(found, wanted, strict=True):
-        overlap = box_iou(true[:, :2].flatten(1), some[:, :2].flatten(1))
+    for seen, true in zip(found, wanted, strict=True):
+        overlap = box_iou(true[:, :2].flatten(1), seen[:, :2].flatten(1))
         hit = overlap > RIGHT
         right += int(hit.any(1).sum())
         false += int((~hit.any(0)).sum())
         for face, mate in hit.nonzero().tolist():
             eyes = (true[face, 2] - true[face, 3]).norm()
-            errors.append((some[mate, 2:] - true[face, 2:]).norm(dim=-1).mean() / eyes)
+            errors.append((seen[mate, 2:] - true[face, 2:]).norm(dim=-1).mean() / eyes)
     faces = sum(map(len, wanted))
     error = torch.stack(errors).mean() if errors else torch.tensor(torch.nan)
     return {"found": torch.tensor(right / faces), "false": torch.tensor(false / len(found)), "error": error}

@@ -1,7 +1,7 @@
-"""SCRFD (Guo et al. 2105.04714), narrow: faces at strides 8, 16 and 32, two anchors at each place, in insightface's layout.
+"""SCRFD (Guo et al. 2105.04714), narrow, in insightface's layout: strides 8, 16 and 32, two anchors at each place.
 
 An anchor is a place and a size. Of each the network says a score, the distances to the left, top, right and bottom of a
-face's box and the way to its five points, both in strides. A face is its corners and points, [7, 2] pixels.
+face's box and the ways to its five points, both in strides. A face is two corners and five points, [7, 2] pixels.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Scrfd(nn.Module):
 
 
 class Exported(nn.Module):
-    """The nine outputs of insightface's SCRFD for one picture: scores, boxes and points of each stride, [anchors, width]."""
+    """Nine outputs, as insightface has them of one picture: scores, boxes, points of each stride, [anchors, width]."""
 
     NAMES = tuple(f"{kind}_{stride}" for kind in KINDS for stride in STRIDES)
 
@@ -119,13 +119,6 @@ class Exported(nn.Module):
         found = self.network(picture)
         whole = (found.scores.sigmoid()[0, :, None], found.boxes[0], found.points[0])
         return tuple(part for kind in whole for part in kind.split(self.counts))
-
-
-def encode(faces: Tensor, at: Anchors) -> tuple[Tensor, Tensor]:
-    """What the network is to say of faces [..., a, 7, 2] at these anchors: distances [..., a, 4], points [..., a, 10]."""
-    ways = (faces - at.middles[:, None]) / at.strides[:, None, None]
-    boxes = torch.cat((-ways[..., 0, :], ways[..., 1, :]), -1)
-    return boxes, ways[..., 2:, :].flatten(-2)
 
 
 def decode(boxes: Tensor, points: Tensor, at: Anchors) -> Tensor:
