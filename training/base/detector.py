@@ -57,8 +57,8 @@ class Detector(Task):
         self.settings, self.source = settings, source
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = scrfd.Scrfd(settings.width)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network: Any = scrfd.Scrfd(settings.width)
+        self.network: scrfd.Scrfd = network.to(memory_format=torch.channels_last)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         views = [self.source.shown(number, SIDE) for number in some(chance, size)]
@@ -181,23 +181,18 @@ def losses(found: scrfd.Found, faces: Tensor, at: scrfd.Anchors) -> dict[str, Te
     row, place = here.nonzero(as_tuple=True)
     true, own = faces[row, which[here]], scrfd.Anchors(*(value[place] for value in at))
     said = scrfd.decode(found.boxes[here], found.points[here], own)
-    overlap = box_iou_each(said[:, :2].flatten(1), true[:, :2].flatten(1))
+    boxes = said[:, :2].flatten(1), true[:, :2].flatten(1)
     wanted = torch.zeros_like(found.scores)
-    wanted[here] = overlap.detach()
+    wanted[here] = box_iou(*boxes).diagonal().detach()
     off = (found.scores.detach().sigmoid() - wanted).square()
     scores = binary_cross_entropy_with_logits(found.scores, wanted, off, reduction="sum")
-    boxes = distance_box_iou_loss(said[:, :2].flatten(1), true[:, :2].flatten(1), reduction="sum")
     size = sizes(true)[:, None, None]
     points = smooth_l1_loss(said[:, 2:] / size, true[:, 2:] / size, reduction="none", beta=SMALL_ERROR)
-    return {"scores": scores / count, "boxes": boxes / count, "points": POINTS * points.mean((1, 2)).sum() / count}
-
-
-def box_iou_each(one: Tensor, other: Tensor) -> Tensor:
-    """The IoU of each box [k, 4] and the other of its number, [k]."""
-    low, high = torch.maximum(one[:, :2], other[:, :2]), torch.minimum(one[:, 2:], other[:, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = ((box[:, 2:] - box[:, :2]).prod(-1) for box in (one, other))
-    return shared / (sum(areas) - shared)
+    summed = {
+        "scores": scores, "boxes": distance_box_iou_loss(*boxes, reduction="sum"),
+        "points": POINTS * points.mean((1, 2)).sum(),
+    }  # fmt: skip
+    return {name: value / count for name, value in summed.items()}
 
 
 def measure(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, Tensor]:
