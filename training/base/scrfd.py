@@ -102,7 +102,7 @@ class Scrfd(nn.Module):
     def _rows(x: Tensor) -> tuple[Tensor, ...]:
         """Of one stride [n, channels, h, w]: by kind, [n, anchors of it, width]."""
         parts = x.permute(0, 2, 3, 1).split([ANCHORS * width for width in KINDS.values()], dim=-1)
-        return tuple(part.reshape(len(x), -1, width) for part, width in zip(parts, KINDS.values(), strict=True))
+        return tuple(part.reshape(x.shape[0], -1, width) for part, width in zip(parts, KINDS.values(), strict=True))
 
 
 class Exported(nn.Module):
