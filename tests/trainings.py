@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from comfyui_likeness.training import loop
 from comfyui_likeness.training.config import Run
+from comfyui_likeness.training.data import View
 from comfyui_likeness.training.task import Batch, Task
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "white": (240, 240, 240)}
 PLACES = {"left": (0.5, 0.3), "right": (0.5, 0.7), "top": (0.3, 0.5), "middle": (0.5, 0.5)}
+POINTS = torch.tensor([[-0.4, -0.4], [0.4, -0.4], [0.0, 0.0], [-0.3, 0.5], [0.3, 0.5]])  # of a disc, in its radius
 
 
 class Line(Task):
@@ -67,6 +69,16 @@ class Discs:
         picture = torch.full((side, side, 3), number // 16 % 16 * 8)
         picture[inside] = torch.tensor(COLOURS[colour])
         return picture.to(torch.uint8)
+
+    def shown(self, number: int, side: int) -> View:
+        """The disc is the face."""
+        picture = self.picture(number, side)
+        y, x = PLACES[self._of(number)[1]]
+        middle = torch.tensor([x, y]) * (side - 1)
+        radius = 0.2 * (side - 1)
+        box = torch.cat((middle - radius, middle + radius))
+        mask = torch.zeros(side, side, dtype=torch.bool)
+        return View(picture, self.caption(number), middle + radius * POINTS, box, mask, torch.zeros(0, 7, 2))
 
     def face(self, person: int, number: int) -> Tensor:
         picture = self.picture(number, 112)

@@ -96,10 +96,15 @@ class WorldAlbum:
         scene = world.scene(number, self.figures)
         beside = [world.person(PEOPLE - 1 - identity, self.split)] * (self.figures - 1)
         painted = world.paint([world.person(identity, self.split), *beside], scene, self.side)
-        whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
-        image, kps, box, mask = (torch.from_numpy(value) for value in whole)
-        others = np.concatenate((painted.box.reshape(-1, 2, 2), painted.kps), axis=1)[1:]
-        return View(image, world.caption(scene), kps, box, mask, torch.from_numpy(others))
+        return told(painted, world.caption(scene))
+
+
+def told(painted: world.Painted, caption: str) -> View:
+    """A painted picture as a view of the first person in it."""
+    whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
+    image, kps, box, mask = (torch.from_numpy(value) for value in whole)
+    others = np.concatenate((painted.box.reshape(-1, 2, 2), painted.kps), axis=1)[1:]
+    return View(image, caption, kps, box, mask, torch.from_numpy(others))
 
 
 class Member(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import loop
 from .adapters import decoupled, fused
-from .base import clip, recogniser, unet, vae
+from .base import clip, detector, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
 from .task import Task
@@ -20,6 +20,7 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "clip": (clip.Settings, clip.ClipPair),
     "unet": (unet.Settings, unet.TextToImage),
     "recogniser": (recogniser.Settings, recogniser.Recogniser),
+    "detector": (detector.Settings, detector.Detector),
     "decoupled": (decoupled.Settings, decoupled.Decoupled),
     "fused": (fused.Settings, fused.Fused),
 }

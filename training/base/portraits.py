@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...likeness import faces
 from .. import world
-from ..data import PEOPLE, ShardAlbum, View, fit
+from ..data import PEOPLE, ShardAlbum, View, fit, told
 
 TWO = 8  # every so many pictures show two people
 FACE_PICTURE = 192  # pixels of what a face is cut out of
@@ -32,9 +32,12 @@ class World:
         return world.caption(scene_of(number))
 
     def picture(self, number: int, side: int) -> Tensor:
+        return self.shown(number, side).picture
+
+    def shown(self, number: int, side: int) -> View:
         scene = scene_of(number)
         people = [world.person(2 * number + place, self.split) for place in range(len(scene.figures))]
-        return torch.from_numpy(world.paint(people, scene, side).image)
+        return told(world.paint(people, scene, side), world.caption(scene))
 
     def face(self, person: int, number: int) -> Tensor:
         painted = world.paint([world.person(person, self.split)], world.scene(number), FACE_PICTURE)
@@ -88,7 +91,10 @@ class Shards:
         return self.album.about(*self._views[number % len(self)])["caption"]
 
     def picture(self, number: int, side: int) -> Tensor:
-        return fit(self.view(number), side).picture
+        return self.shown(number, side).picture
+
+    def shown(self, number: int, side: int) -> View:
+        return fit(self.view(number), side)
 
     def face(self, person: int, number: int) -> Tensor:
         person = self._people[person % len(self._people)]

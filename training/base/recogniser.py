@@ -8,32 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import (
-    affine_grid,
-    cross_entropy,
-    grid_sample,
-    interpolate,
-    linear,
-    normalize,
-    one_hot,
-)  # fmt: skip
+from torch.nn.functional import cross_entropy, linear, normalize, one_hot
 
-from ...likeness import own_file
 from ..task import Batch, Task
+from . import disturb, onnx_file
 from .source import Source, sheet, some
 
 SIDE, VECTOR = 112, 512
-INPUT, OUTPUT = "input.1", "vector"
+OUTPUT = "vector"
 TRIED = 32  # people of the check, each with two faces
 MOVED = (0.05, 0.04, 0.05, 0.05)  # roll in radians, size, x and y in halves of the side
 BLURS = (16, 24, 36, 56)  # pixels that remain of a blurred face's side
-LIT = (0.12, 0.06)  # of each channel: contrast and brightness, in halves of white
 
 
 class Residual(nn.Module):
@@ -169,7 +159,12 @@ class Recogniser(Task):
         return read([self.source.face(person, number) for person, number in zip(people, numbers, strict=True)])
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        export(self.network, folder / f"{self.settings.file}.onnx", asdict(self.settings), notes)
+        path, told = (
+            folder / f"{self.settings.file}.onnx",
+            onnx_file.metadata("recogniser", asdict(self.settings), notes),
+        )
+        many = {name: {0: "n"} for name in (onnx_file.INPUT, OUTPUT)}
+        onnx_file.export(self.network, path, (1, 3, SIDE, SIDE), (OUTPUT,), told, many)
 
 
 def build(settings: Settings) -> nn.Module:
@@ -197,13 +192,8 @@ def disturbed(faces: Tensor, chance: Generator, much: float) -> Tensor:
     roll, size, x, y = (much * torch.randn(4, n, generator=chance) * torch.tensor(MOVED)[:, None]).unbind()
     cos, sin = roll.cos() * (1 + size), roll.sin() * (1 + size)
     theta = torch.stack((torch.stack((cos, -sin, x), 1), torch.stack((sin, cos, y), 1)), 1)
-    moved = grid_sample(faces, affine_grid(theta, list(faces.shape), False), "bilinear", "border", False)
-    which = torch.randint(2 * len(BLURS), (n,), generator=chance)
-    for number, side in enumerate(BLURS):
-        small = interpolate(moved[which == number], size=(side, side), mode="area")
-        moved[which == number] = interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-    gain, bias = much * torch.randn(2, n, 3, 1, 1, generator=chance) * torch.tensor(LIT)[:, None, None, None, None]
-    return moved * (1 + gain) + bias
+    moved = disturb.moved(faces, theta, "border")
+    return disturb.lit(disturb.blurred(moved, chance, BLURS), chance, much)
 
 
 def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) -> Tensor:
@@ -212,36 +202,3 @@ def margin_loss(cosines: Tensor, people: Tensor, scale: float, margin: float) ->
     added = angles + margin * one_hot(people, cosines.shape[1])
     # Beyond pi a larger angle would be a nearer one.
     return cross_entropy(scale * added.clamp(max=math.pi).cos(), people)
-
-
-def export(network: nn.Module, path: Path, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
-    """Write a network as insightface's recogniser loader reads it, its weights in half precision."""
-    import onnx
-
-    device = next(network.parameters()).device
-    run: Callable[..., Any] = partial(torch.onnx.export, dynamo=False, opset_version=13)
-    run(
-        network, (torch.zeros(1, 3, SIDE, SIDE, device=device),), str(path), input_names=[INPUT],
-        output_names=[OUTPUT], dynamic_axes={INPUT: {0: "n"}, OUTPUT: {0: "n"}},
-    )  # fmt: skip
-    model = onnx.load(str(path))
-    halve(model.graph)
-    told = own_file.metadata("recogniser", "faces", notes, settings=dict(settings))
-    onnx.helper.set_model_props(model, told)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
-
-
-def halve(graph: Any) -> None:
-    """Store an ONNX graph's weights as float16, cast back where they are read: half the file, the same sums."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    casts = []
-    for held in graph.initializer:
-        if held.data_type == TensorProto.FLOAT:
-            name, half = held.name, f"{held.name}.half"
-            held.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(held).astype("float16"), half))
-            casts.append(helper.make_node("Cast", [half], [name], name=f"cast {name}", to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Generator, Tensor
+
+if TYPE_CHECKING:
+    from ..data import View
 
 # More than any run reads; what a number shows never changes.
 PICTURES = 1 << 40
@@ -31,6 +34,10 @@ class Source(Protocol):
 
     def picture(self, number: int, side: int) -> Tensor:
         """A picture, uint8 [side, side, 3]."""
+        ...
+
+    def shown(self, number: int, side: int) -> View:
+        """A picture of `side` x `side` pixels and what is known of the faces in it."""
         ...
 
     def face(self, person: int, number: int) -> Tensor:
