@@ -40,7 +40,7 @@ def photos(name: str) -> Tensor:
     file = photos_of(name)
     try:
         with Image.open(file) as picture:
-            strip = torch.from_numpy(np.asarray(picture.convert("RGB"))).float() / 255
+            strip = torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
     except OSError as error:
         raise ValueError(f"got no photos of {name} ({error}); expected {file}; fetch the pack again") from error
     return torch.stack(strip.split(strip.shape[0], dim=1))
