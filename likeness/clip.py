@@ -47,7 +47,7 @@ LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
     "vit-l-14": {"photo": ("projected", "penultimate"), "black": ("projected",)},
     "vit-l-14-336": {"photo": ("penultimate",), "face336": ("penultimate",)},
     "eva02-l-14-336": {"ffhq512": ("projected", "levels")},
-    "vit-128-4-16-128": {"photo": ("projected",), "head": ("penultimate",)},  # the demo's
+    "vit-128-4-16-128": {"photo": ("projected",), "head": ("penultimate",), "face224": ("last",)},  # the demo's
 }
 OTHER_LAYERS: dict[str, dict[str, tuple[str, ...]]] = {
     "clip": {"photo": ("projected", "penultimate")},

@@ -11,7 +11,8 @@ zero, or none: to no tokens), and mix with the text stream's rows of the negativ
 
 File: safetensors, `projector.clip.0` (LayerNorm), `projector.clip.1` (Linear), `projector.face.proj.0`, `.proj.2`,
 `.norm` (an MLP to tokens), `layers.<n>.k.weight`, `.v.weight` [hidden, width], n = 1, 3, 5, ... as IP-Adapter counts.
-Metadata under `likeness`: kind, version, base, unconditional, notes.
+Metadata under `likeness`: kind, version, base, unconditional, notes; needs (features by name) and clip_tokens where the
+encoders are not the paper's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ NAMES = (
     "projector.clip.0.weight", "projector.clip.1.weight", "projector.face.proj.2.weight", "projector.face.norm.weight",
 )  # fmt: skip
 UNCONDITIONAL = ("zero", "none")
+PAPER: Mapping[str, Any] = {"needs": [str(feature) for feature in NEEDS], "clip_tokens": CLIP_TOKENS}
 FLAT = 1e-5  # a smaller deviation is none
 
 Style = Callable[[Tensor, Tensor], Tensor]  # x [B, N, C] brought to the manner of y [B, M, C]
@@ -90,14 +92,19 @@ def combine(several: Sequence[tuple[Tokens, float]], mixing: str) -> Tokens:
     return Tokens((share * cond).sum(0, keepdim=True), uncond[:1], torch.ones(1))
 
 
-def metadata(spec: AdapterSpec, notes: Mapping[str, Any]) -> dict[str, str]:
-    """What a file tells of itself, for safetensors."""
-    return own_file.metadata(KIND, spec.base, notes, unconditional=spec.unconditional)
+def metadata(spec: AdapterSpec, clip_tokens: int, notes: Mapping[str, Any]) -> dict[str, str]:
+    """What a file tells of itself, for safetensors; `clip_tokens` are the states that the CLIP encoder gives."""
+    needs = [str(feature) for feature in spec.needs]
+    return own_file.metadata(
+        KIND, spec.base, notes, unconditional=spec.unconditional, needs=needs, clip_tokens=clip_tokens
+    )
 
 
 def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> AdapterSpec:
     """The spec of a file's tensors and metadata. Raises ValueError where they are not whole or of a newer version."""
-    own_file.check(told, KIND, {"unconditional": str}, {"unconditional": UNCONDITIONAL}, file)
+    told = {**PAPER, **told}
+    fields = {"unconditional": str, "needs": list, "clip_tokens": int}
+    own_file.check(told, KIND, fields, {"unconditional": UNCONDITIONAL}, file)
     shapes = detect.shapes_of(tensors)
     missing = [name for name in NAMES if name not in shapes]
     if missing:
@@ -107,9 +114,9 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
     return AdapterSpec(
         kind=KIND,
         base=detect.BASES[len(layers)],
-        tokens=CLIP_TOKENS + rows // wide,
+        tokens=told["clip_tokens"] + rows // wide,
         width=width,
         layers=layers,
-        needs=NEEDS,
+        needs=own_file.features(told["needs"], file),
         unconditional=told["unconditional"],
     )

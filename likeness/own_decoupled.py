@@ -7,14 +7,13 @@ version, base, adapter (a kind of decoupled.KINDS), needs (features by name), no
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from . import detect, keymaps, own_file
-from .spec import AdapterSpec, Feature
+from .spec import AdapterSpec
 
 KIND = "decoupled"
 BASES = tuple(detect.BASES.values())
@@ -58,12 +57,5 @@ def read_spec(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str)
         tokens=tokens,
         width=width,
         layers=layers,
-        needs=tuple(_feature(name, file) for name in told["needs"]),
+        needs=own_file.features(told["needs"], file),
     )
-
-
-def _feature(name: Any, file: str) -> Feature:
-    match = re.fullmatch(r"(.+)\.(\w+)\.(\w+)", str(name))
-    if match is None:
-        raise ValueError(f"got {file}, which needs {name!r}; expected <network>.<layer>.<crop>; fetch the file again")
-    return Feature(*match.groups())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .spec import Feature
 
 VERSION = 1
 ALWAYS: Mapping[str, type] = {"kind": str, "version": int, "base": str, "notes": dict}
@@ -33,3 +36,15 @@ def check(
         raise ValueError(
             f"got {file}, of version {told['version']}; this pack reads up to version {VERSION}; update the pack"
         )
+
+
+def features(names: Sequence[Any], file: str) -> tuple[Feature, ...]:
+    """The features that a file needs, by their names. Raises ValueError where one is none."""
+    return tuple(_feature(str(name), file) for name in names)
+
+
+def _feature(name: str, file: str) -> Feature:
+    match = re.fullmatch(r"(.+)\.(\w+)\.(\w+)", name)
+    if match is None:
+        raise ValueError(f"got {file}, which needs {name!r}; expected <network>.<layer>.<crop>; fetch the file again")
+    return Feature(*match.groups())

@@ -38,8 +38,8 @@ def tensors(family: str = "SD1.5", seed: int = 0) -> dict[str, Tensor]:
 
 
 def told(family: str = "SD1.5", unconditional: str = "zero") -> dict[str, Any]:
-    spec = AdapterSpec(infinite_id.KIND, family, 0, 0, (), (), unconditional=unconditional)
-    return json.loads(infinite_id.metadata(spec, {"steps": 1})["likeness"])
+    spec = AdapterSpec(infinite_id.KIND, family, 0, 0, (), infinite_id.NEEDS, unconditional=unconditional)
+    return json.loads(infinite_id.metadata(spec, infinite_id.CLIP_TOKENS, {"steps": 1})["likeness"])
 
 
 def adapter(family: str = "SD1.5", seed: int = 0, unconditional: str = "zero") -> LoadedAdapter:

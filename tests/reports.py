@@ -25,7 +25,8 @@ PLACES = ((40, 48), (88, 48))  # the middles of the faces that the detector sees
 HALF = 18  # of a face's box
 POINTS = ((-7, -6), (7, -6), (0, 2), (-6, 9), (6, 9))  # from its middle
 STEPS = 2
-ADAPTERS = {rows.FACEID: "arcface", rows.IMAGE: "image", rows.FUSED: "clean"}
+ADAPTERS = {rows.FACEID: "arcface", rows.IMAGE: "image", rows.FUSED: "clean", rows.INFINITE: "infinite"}
+HOSTS = {"arcface": "ipadapter", "image": "ipadapter"}  # folders of the host's; of the pack's own, likeness
 
 
 def detector(path: Path) -> None:
@@ -66,7 +67,7 @@ def make(folder: Path, models: Path) -> Stack:
     """Write the base stack into a folder and the adapters into the host's model folders; the whole, loaded."""
     stacks.make(folder)
     for file, kind in ADAPTERS.items():
-        place = models / ("likeness" if kind == "clean" else "ipadapter")
+        place = models / HOSTS.get(kind, "likeness")
         stacks.task(kind, folder).save(place, {"steps": 1})
         (place / "made.safetensors").rename(place / file)
     reference_net(folder / unet.FILE, models / "likeness" / rows.FLASHFACE)

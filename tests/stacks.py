@@ -12,7 +12,7 @@ from comfyui_likeness.likeness.faces import head
 from comfyui_likeness.likeness.spec import Face
 from comfyui_likeness.nodes.photos import Taken
 from comfyui_likeness.training import data
-from comfyui_likeness.training.adapters import decoupled, fused
+from comfyui_likeness.training.adapters import decoupled, fused, infinite_id
 from comfyui_likeness.training.adapters.stack import AdapterTask
 from comfyui_likeness.training.base import clip, recogniser, unet, vae
 from comfyui_likeness.training.base.portraits import Shards
@@ -54,12 +54,18 @@ def _image(folder: Path, **told: Any) -> AdapterTask[Any]:
     return decoupled.Decoupled(decoupled.Settings(**own, **told), Shards(folder), 5)
 
 
+def _infinite(folder: Path, **told: Any) -> AdapterTask[Any]:
+    own = {"recogniser": str(folder / RECOGNISER), "vision": str(folder / clip.VISION), "inner": 16}
+    return infinite_id.InfiniteID(infinite_id.Settings(**own, **told), Shards(folder), 5)
+
+
 def _fused(noise: str) -> Callable[..., AdapterTask[Any]]:
     return lambda folder, **told: fused.Fused(fused.Settings(face=SIDE, noise=noise, **told), Shards(folder), 5)
 
 
 TASKS: Mapping[str, Callable[..., AdapterTask[Any]]] = {
     "arcface": _arcface, "image": _image, "clean": _fused("clean"), "match": _fused("match"),
+    "infinite": _infinite,
 }  # fmt: skip
 
 

@@ -35,6 +35,12 @@ def test_adherence_counts_what_was_asked_of_others_as_wrong() -> None:
     assert float(cosine[0]) == pytest.approx(1 / math.sqrt(1.01))
 
 
+def test_a_style_is_found_where_its_own_text_is_nearest() -> None:
+    seen, texts = torch.stack((X + 0.1 * Y, Y + 0.1 * X, X)), torch.stack((X, Y, Z))
+    assert metrics.likest(seen, 3 * texts, torch.tensor([0, 0, 0])).tolist() == [1, 0, 1]
+    assert metrics.likest(seen, texts, torch.tensor([0, 1, 2])).tolist() == [1, 1, 0]
+
+
 def test_two_people_are_right_only_where_both_are() -> None:
     pictures = [(X, Y), (Y, X), (X, X), (X, NONE)]
     found = metrics.assignment(torch.stack([torch.stack(pair) for pair in pictures]), torch.stack((X, Y)))

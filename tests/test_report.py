@@ -17,7 +17,7 @@ from comfyui_likeness.training.report import document, expected, finish, measure
 from comfyui_likeness.training.report.expected import Claim
 
 PEOPLE, PROMPTS = 2, 2
-UNSHIPPED = set(rows.PLACED.values())
+UNSHIPPED = {*rows.PLACED.values(), rows.INFINITE_PLAIN}
 
 
 @pytest.fixture
@@ -100,6 +100,8 @@ def test_a_prompt_is_the_caption_of_what_is_drawn() -> None:
             shown = {world.caption(prompt.shown(scene)) for scene in islice(prompts.scenes(3, people), 4)}
             assert shown == {prompt.text(people)}
     assert len({prompt.text() for prompt in prompts.ALONE}) == 8
+    assert {prompt.style for prompt in prompts.ALONE[: rows.ROWS["mixed_mean"].prompts]} == set(prompts.STYLED)
+    assert prompts.STYLED["bronze"] == "a bronze of a person"
     assert prompts.ALONE[0].text() == "a photo of a smiling person in red at a beach"
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from trainings import DISCS, fit
 
 CPU = torch.device("cpu")
-KINDS = list(stacks.TASKS)
+KINDS = ["arcface", "image", "clean", "match"]  # which are trained just as the nodes apply them
 APPLY: dict[str, Any] = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 

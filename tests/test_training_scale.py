@@ -13,9 +13,11 @@ import comfy.ldm.modules.attention as attention
 import comfy.ops
 import pytest
 import torch
+from comfy import model_base, supported_models
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import faces, keymaps, own_decoupled
 from comfyui_likeness.likeness import fused as fused_math
+from comfyui_likeness.likeness import infinite_id as infinite_math
 from comfyui_likeness.likeness.bank import MemoryBank
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedSpec, Identity
 from comfyui_likeness.nodes.attention import decoupled as decoupled_node
@@ -26,7 +28,7 @@ from comfyui_likeness.nodes.attention.unet import sites as attention_sites
 from comfyui_likeness.nodes.types import LoadedAdapter, LoadedFused
 from comfyui_likeness.tools import standin_models
 from comfyui_likeness.training import data, loop, tasks
-from comfyui_likeness.training.adapters import decoupled
+from comfyui_likeness.training.adapters import decoupled, infinite_id
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
 from golden import GOLDEN
 from PIL import Image
@@ -81,10 +83,12 @@ def sd15(monkeypatch: pytest.MonkeyPatch) -> ModelPatcher:
 
 def adapter_step(held: ModelPatcher, injection: Injection, adapter: nn.Module) -> None:
     """The step of an adapter in a model, for two rows."""
-    latent, text = torch.zeros(2, 4, 64, 64, device=META), torch.zeros(2, 77, 768, device=META)
+    width, beside = attention_sites(held.model.diffusion_model)[0].context, held.model.adm_channels
+    latent, text = torch.zeros(2, 4, 64, 64, device=META), torch.zeros(2, 77, width, device=META)
     given = unet.Noised(latent, torch.ones(2, device=META), latent)
+    told = {"c_crossattn": text} | ({"y": torch.zeros(2, beside, device=META)} if beside else {})
     options = patch.directly(patch.attach(held, injection), 1.0)
-    unet.wrong_noise(held.model, given, math.inf, c_crossattn=text, **options).backward()
+    unet.wrong_noise(held.model, given, math.inf, **told, **options).backward()
     assert all(value.grad is not None for value in adapter.parameters())
     torch.optim.SGD(loop.groups(adapter, 0.01), lr=0.1).step()
 
@@ -128,6 +132,28 @@ def test_fused_kv_of_real_scale_takes_a_step(monkeypatch: pytest.MonkeyPatch) ->
     people = [fused_node.Bound(faces, [1.0] * 2, None, "")]
     places = fused_node.fitting(spec, held)
     adapter_step(held, fused_node.Fused(loaded, held, places, people, "all", ALWAYS, unfold=True), module)
+
+
+def test_infinite_id_of_the_papers_scale_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, about = tasks.settings("infinite_id", EIGHT_GPUS / "infinite_id.toml")
+    told = (run.batch, run.rate, run.decay, run.steps, about.snr, about.enhanced)
+    assert told == (4, 1e-4, 0.01, 1000000, math.inf, True)
+    for module in (attention, patch):
+        monkeypatch.setattr(module, "optimized_attention", attention.attention_pytorch)
+    wide = {**standin_models.SDXL, "model_channels": 320, "channel_mult": [1, 2, 4]}
+    with META:
+        settings = supported_models.SDXL(dict(wide))
+        settings.unet_config |= {key: wide[key] for key in ("num_heads", "num_head_channels")}
+        settings.set_inference_dtype(torch.float32, None)
+        held = ModelPatcher(model_base.SDXL(settings, device=META).requires_grad_(False), META, META)
+        sites = attention_sites(held.model.diffusion_model)
+        layers = tuple(site.hidden for site in sites)
+        spec = AdapterSpec(infinite_math.KIND, "SDXL", 257 + about.tokens, 2048, layers, infinite_math.NEEDS)
+        module = infinite_id.build(about, spec, 1280).requires_grad_(True)
+        read = {spec.needs[0].id("0" * 64): torch.zeros(2, 512), spec.needs[1].id("0" * 64): torch.zeros(2, 257, 1280)}
+    assert len(sites) == 70 and spec.layers.count(1280) == 60  # of each a pair of keys and values (Sec. 4.1)
+    loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, "infinite_id")
+    adapter_step(held, infinite_id.bound(infinite_id.CROSS[about.enhanced], loaded, read, sites), module)
 
 
 def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:

@@ -55,9 +55,12 @@ def adherence(seen: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
 
     Texts behind the p-th were asked of no picture here and count as wrong answers.
     """
-    all_cosines = units(seen.double()) @ units(texts.double()).T
-    asked = torch.arange(len(seen))
-    return all_cosines[asked, asked], (all_cosines.argmax(1) == asked).double()
+    return cosines(seen, texts[: len(seen)]), likest(seen, texts, torch.arange(len(seen)))
+
+
+def likest(seen: Tensor, texts: Tensor, asked: Tensor) -> Tensor:
+    """1 for each picture [p, d] that is nearest to the one of the texts [q, d] that was asked for, `asked` [p]; [p]."""
+    return ((units(seen.double()) @ units(texts.double()).T).argmax(1) == asked).double()
 
 
 class Assignment(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy.model_patcher import ModelPatcher
@@ -62,7 +62,10 @@ class MixedSelf(Extension):
 
 @dataclass(frozen=True, eq=False)
 class MixedCross(Term):
-    """Cross-attention to c_id beside the text's (injection.Term), of people who are one term: mixed, or one alone."""
+    """Cross-attention to c_id beside the text's (injection.Term), of people who are one term: mixed, or one alone.
+
+    `unfold` shows each row of a batch one face of theirs, the first to the first.
+    """
 
     adapter: types.LoadedAdapter
     people: Sequence[Person]
@@ -71,6 +74,7 @@ class MixedCross(Term):
     style: str
     mixing: str
     window: Window
+    unfold: bool = False
     bank: Bank = field(default_factory=Bank)
 
     @property
@@ -79,7 +83,7 @@ class MixedCross(Term):
 
     @property
     def places(self) -> list[Place]:
-        return [_place("attn2", site) for site in self.sites]
+        return [site.place for site in self.sites]
 
     def prepare(self, call: Call) -> Mapping[Place, Any]:
         return self.bank.get(call, lambda: self._lay_out(call))
@@ -92,7 +96,7 @@ class MixedCross(Term):
             counts = Tensor(shown)[:, None, None].to(call.device, call.dtype)
         return {
             place: (
-                *(decoupled.rows(cond, uncond, call.conditional, call.rows, False) for cond, uncond in pair),
+                *(decoupled.rows(cond, uncond, call.conditional, call.rows, self.unfold) for cond, uncond in pair),
                 bias, counts, call,
             )
             for place, pair in projected.items()
@@ -107,8 +111,8 @@ class MixedCross(Term):
         out: dict[Place, Any] = {}
         for site in self.sites:
             pairs = zip(*(module.project(site.number, tokens) for tokens in (made.cond, made.uncond)), strict=True)
-            out[_place("attn2", site)] = tuple((c.to(call.dtype), u.to(call.dtype)) for c, u in pairs)
-        bias = decoupled.key_bias(made, call.device)
+            out[site.place] = tuple((c.to(call.dtype), u.to(call.dtype)) for c, u in pairs)
+        bias = None if self.unfold else decoupled.key_bias(made, call.device)
         return out, None if bias is None else bias.to(call.dtype)
 
     def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
@@ -120,8 +124,9 @@ class MixedCross(Term):
         return term if mask is None else term * cover(self.bank, mask, call, options)
 
 
-def _place(name: str, site: Site) -> Place:
-    return Place(name, site.block, site.depth, site.deep)
+def beside(sites: Sequence[Site]) -> list[Place]:
+    """The self-attentions of transformer blocks."""
+    return [replace(site.place, name="attn1") for site in sites]
 
 
 def terms_of(people: People) -> list[tuple[list[Person], float]]:
@@ -210,8 +215,9 @@ class ApplyMixed(io.ComfyNode):
         for people, share in terms:
             model = attach(model, MixedCross(adapter, people, found, strength * share, style, mixing, window))
         if math.ATTENTIONS[attention] is not None and self_attention:
-            places = [_place("attn1", site) for site in found]
-            model = attach(model, MixedSelf(places, attention, style, self_attention, window), stream=text_stream)
+            model = attach(
+                model, MixedSelf(beside(found), attention, style, self_attention, window), stream=text_stream
+            )
         return io.NodeOutput(model)
 
 

@@ -96,11 +96,7 @@ class Decoupled(stack.AdapterTask[Settings]):
         made: Any = build(settings, self.spec, self.zero.shape[-1])
         self.adapter, self.held = made, stack.Held(made)
         start(made, seed)
-        with torch.no_grad():
-            for site in sites:
-                text, own = model.diffusion_model.get_submodule(f"{site.key}.attn2"), made.layer(site.name)
-                own.k.weight.copy_(text.to_k.weight)
-                own.v.weight.copy_(text.to_v.weight)
+        begin_as_text(made, model.diffusion_model)
 
     @property
     def reader(self) -> Encoder:
@@ -137,3 +133,13 @@ class Decoupled(stack.AdapterTask[Settings]):
 def build(settings: Settings, spec: AdapterSpec, features: int) -> DecoupledAdapter:
     """The adapter without weights; faces are read as `features` numbers, or as rows of so many."""
     return DecoupledAdapter(spec, READS[settings.reads].projector(settings, features, spec.width), OPERATIONS)
+
+
+@torch.no_grad()
+def begin_as_text(adapter: DecoupledAdapter, net: nn.Module) -> None:
+    """Give an adapter the keys and values of the text in a UNet."""
+    for site in unet.sites(net):
+        text: Any = net.get_submodule(f"{site.key}.attn2")
+        own: Any = adapter.layer(site.name)
+        own.k.weight.copy_(text.to_k.weight)
+        own.v.weight.copy_(text.to_v.weight)

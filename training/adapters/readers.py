@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from ...nodes.loaders import files, small
 from ..base import latents, recogniser
 from ..data import View
 
+HEAD = "head"  # a crop of spec.CROPS
+
 
 class Reader(Protocol):
     """Cuts a face out of a picture, and reads faces. `hash` tells one from another."""
@@ -29,11 +32,11 @@ class Reader(Protocol):
     def hash(self) -> str: ...
 
     def cut(self, view: View) -> Tensor:
-        """The face, uint8 [H, W, 3], all of one size."""
+        """The face, uint8 [H, W, 3], all of one size; flat where there are several pictures of it (Both)."""
         ...
 
     def read(self, cuts: Tensor, device: torch.device) -> Tensor:
-        """What it sees of faces [n, H, W, 3]: [n, ...] in float32."""
+        """What it sees of faces [n, ...] as they were cut: [n, ...] in float32."""
         ...
 
 
@@ -78,23 +81,50 @@ class ArcFace:
 
 
 class Vision:
-    """A CLIP tower's penultimate states of the head [n, T, W], as Encode Identity makes them for Plus-Face."""
+    """A CLIP tower's states of a crop [n, T, W], as Encode Identity makes them: for Plus-Face, unless told."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, layer: str = "penultimate", crop: str = HEAD) -> None:
         self.encoder = HostEncoder(load_vision(file))
-        self.feature = Feature(f"clip.{self.encoder.architecture}", "penultimate", "head")
+        self.feature = Feature(f"clip.{self.encoder.architecture}", layer, crop)
         self.hash = self.encoder.sha256
+        self.width: int = self.encoder.vision.config["hidden_size"]
 
     def cut(self, view: View) -> Tensor:
-        return head(view)
+        crop = self.feature.crop
+        return head(view) if crop == HEAD else faces.pixels(faces.CUTS[crop](view.picture.float() / 255, view.kps))
 
     @torch.no_grad()
     def read(self, cuts: Tensor, device: torch.device) -> Tensor:
-        return self.encoder.encode(cuts.float() / 255)["penultimate"].float().to(device)
+        return self.encoder.encode(cuts.float() / 255)[self.feature.layer].float().to(device)
 
     @torch.no_grad()
     def zero(self) -> Tensor:
-        return self.encoder.zero()["penultimate"].float()
+        return self.encoder.zero()[self.feature.layer].float()
+
+
+class Both:
+    """A recogniser and a vision tower as one reader: what each cuts and reads, flat and side by side."""
+
+    def __init__(self, face: ArcFace, image: Vision) -> None:
+        self.face, self.image = face, image
+        self.hash = hashlib.sha256(f"{face.hash} {image.hash} {image.feature}".encode()).hexdigest()
+
+    def cut(self, view: View) -> Tensor:
+        return torch.cat([self.face.cut(view).flatten(), self.image.cut(view).flatten()])
+
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        first, second = cuts.tensor_split([3 * recogniser.SIDE**2], 1)
+        side = math.isqrt(second.shape[1] // 3)
+        vectors = self.face.read(first.unflatten(1, (recogniser.SIDE, -1, 3)), device)
+        return torch.cat([vectors, self.image.read(second.unflatten(1, (side, -1, 3)), device).flatten(1)], 1)
+
+    def features(self, read: Tensor) -> dict[str, Tensor]:
+        """What was read as an identity holds it, by encoder id: vectors [n, 512], states [n, T, W]."""
+        vectors, states = read.tensor_split([recogniser.VECTOR], 1)
+        return {
+            self.face.feature.id(self.face.hash): vectors,
+            self.image.feature.id(self.image.hash): states.unflatten(1, (-1, self.image.width)),
+        }
 
 
 class Latents:

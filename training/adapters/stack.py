@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from ...nodes.attention.injection import Injection
 from ...nodes.attention.patch import attach, directly
-from ..base import clip, latents, unet, vae
+from ..base import clip, latents, sdxl, unet, vae
 from ..base.portraits import Shards
 from ..base.source import Source, pictures, sheet, some
 from ..data import Album, ShardAlbum, View, WorldAlbum
@@ -33,7 +33,8 @@ Told = TypeVar("Told", bound="Settings")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`vae`, `text` and `unet` are files trained before; `side` in pixels; `file` is the name of what is made.
+    """`vae`, `text` and `unet` are files trained before, or all one checkpoint of SDXL; `side` in pixels; `file` is the
+    name of what is made.
 
     Of `people`, `each` has so many pictures among the first `pool` of the shards, whose latents and faces are read
     once; without a pool all are read at every step. With `other`, the face is another picture's. The caption is
@@ -73,10 +74,23 @@ class Stack(unet.Frozen):
     """The trained base stack, and what is read of a pool: latents, and faces by their pictures' numbers."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(clip.load_text(Path(settings.text)), vae.load(Path(settings.vae)))
-        self.model = unet.load(Path(settings.unet)).eval().requires_grad_(False)
+        parts: tuple[nn.Module, Any, Any]
+        if settings.vae == settings.text == settings.unet:
+            parts = sdxl.load(Path(settings.unet))
+        else:
+            parts = clip.load_text(Path(settings.text)), vae.load(Path(settings.vae)), unet.load(Path(settings.unet))
+        text, autoencoder, model = (part.eval().requires_grad_(False) for part in parts)
+        super().__init__(text, autoencoder)
+        self.model = model
         self.unet = Held(self.model)
         self.faces: dict[int, Tensor] = {}
+
+    def told(self, tokens: clip.Tokens, side: int, device: torch.device) -> dict[str, Tensor]:
+        """What the model reads beside the text: SDXL's, the projected text and the picture's size."""
+        if not self.model.adm_channels:
+            return {}
+        projected = self.text.to(device)(tokens)[1]
+        return {"y": self.model.encode_adm(pooled_output=projected, width=side, height=side).to(device)}
 
 
 class AdapterTask(Task, Generic[Told]):
@@ -175,12 +189,20 @@ class AdapterTask(Task, Generic[Told]):
             held = self.frozen.unet.on(device)
             given = unet.Noised.of(held.model, batch)
         patched = attach(held, self.injection(held, self.faces(batch)))
-        told = {"c_crossattn": text, **directly(patched, float(given.sigma.max()))}
+        told = {"c_crossattn": text, **self.told(batch), **directly(patched, float(given.sigma.max()))}
         return {"noise": unet.wrong_noise(held.model, given, self.settings.snr, **told)}
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is given besides, text apart."""
+        return self.frozen.told(batch["tokens"], self.settings.side, batch["noise"].device)
 
     def faces(self, batch: Batch) -> Tensor:
         """The faces of a batch as they were read; what stands for none where it is to be `faceless`."""
         return batch["read"]
+
+    def applied(self, model: ModelPatcher, read: Tensor) -> ModelPatcher:
+        """The model as it paints the faces, face i in row i."""
+        return attach(model, self.injection(model, read))
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Photos of people who are no part of the training, above pictures of them by the host's own sampler."""
@@ -189,15 +211,17 @@ class AdapterTask(Task, Generic[Told]):
         views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
         device = next(self.parameters()).device
         held = self.frozen.unet.on(device)
-        prompts = [
-            [[self.frozen.words(clip.tokenize(self.tokenizer, texts), device), {}]]
-            for texts in ([other.caption for _, other in views], [""])
-        ]
+        prompts = [self._prompt(texts, device) for texts in ([other.caption for _, other in views], [""])]
         noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
-        patched = attach(held, self.injection(held, self.look([view for view, _ in views]).to(device)))
+        patched = self.applied(held, self.look([view for view, _ in views]).to(device))
         made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
         photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
         return {"pictures": sheet(photos, made)}
+
+    def _prompt(self, texts: Sequence[str], device: torch.device) -> list[Any]:
+        """Texts as the host's samplers take them."""
+        words, projected = self.frozen.text.to(device)(clip.tokenize(self.tokenizer, texts))[:2]
+        return [[words, {"pooled_output": projected}]]
 
     def _strangers(self) -> Album:
         folder, side = self.settings.strangers, self.settings.side

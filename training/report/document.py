@@ -23,7 +23,8 @@ QUALITY = 88  # of the strips
 # measure -> its column's head
 COLUMNS: Mapping[str, str] = {
     "similarity": "similarity", "ref": "Sim_ref", "target": "Sim_target", "paste": "Paste", "own": "own person",
-    "swapped": "the other", "right": "both right", "clip": "CLIP", "prompt": "prompt found", "lost": "no face",
+    "swapped": "the other", "right": "both right", "clip": "CLIP", "prompt": "prompt found",
+    "style": "style found", "lost": "no face",
 }  # fmt: skip
 HOLDS: Mapping[bool | None, str] = {True: "yes", False: "**no**", None: "not measured"}
 
@@ -38,6 +39,7 @@ nothing else. A picture without a face counts as similarity 0; the last column i
 - **Sim_ref**, **Sim_target**, **Paste** (FlashFace, Sec. 4.1): the largest cosine to the photos that were read; the
   cosine to the person drawn as the prompt asks; their difference. (Without an adapter: to the first photo.)
 - **CLIP**: cosine of picture and prompt by the demo's CLIP pair; **prompt found**: how often it is the likest of all.
+- **style found**: how often the likest of five sentences, such as "a bronze of a person", is the right style's.
 - **both right**: pictures in which each half is more like its own person than like the other.
 
 Numbers are means over people with 95% bootstrap intervals over people."""

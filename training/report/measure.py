@@ -26,10 +26,14 @@ def alone(asked: Asked, pictures: Tensor) -> Values:
     ref = metrics.nearest(seen, sitter.references[: asked.photos])
     target = metrics.cosines(seen, sitter.aims[: len(seen)])
     texts = torch.cat([asked.stack.text(prompt.text())[1] for prompt in prompts.ALONE])
-    clip, right = metrics.adherence(asked.stack.seen(pictures), texts)
+    styles = torch.cat([asked.stack.text(text)[1] for text in prompts.STYLED.values()])
+    wanted = torch.tensor([list(prompts.STYLED).index(prompt.style) for prompt in prompts.ALONE[: len(seen)]])
+    shown = asked.stack.seen(pictures)
+    clip, right = metrics.adherence(shown, texts)
     return {
         "similarity": metrics.cosines(seen, sitter.likeness), "ref": ref, "target": target,
-        "paste": metrics.paste(ref, target), "clip": clip, "prompt": right, "lost": metrics.lost(seen),
+        "paste": metrics.paste(ref, target), "clip": clip, "prompt": right,
+        "style": metrics.likest(shown, styles, wanted), "lost": metrics.lost(seen),
     }  # fmt: skip
 
 

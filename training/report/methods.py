@@ -14,6 +14,7 @@ from torch import Tensor
 from ...likeness.spec import Identity, People
 from ...nodes.attention.decoupled import ApplyDecoupled
 from ...nodes.attention.fused import ApplyFused
+from ...nodes.attention.mixed import ApplyMixed
 from ...nodes.attention.reference import ApplyReference
 from ...nodes.people import MakePerson
 from .. import world
@@ -86,6 +87,16 @@ def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> 
         model, net = stack.flashface(file)
         told = _window(strength=feat, reference_guidance=ref, launch=ALWAYS, rescale=0.0, show_at_least=1)
         return ApplyReference.execute(model, net, who, stack.eye, **told).args[0]
+
+    return partial(painted, patch)
+
+
+def infinite(file: str, attention: str = "mixed", style: str = "AdaIN-mean") -> Make:
+    """As the paper has it: mixed attention with a text stream of its own, and AdaIN-mean."""
+
+    def patch(stack: Stack, who: Who) -> ModelPatcher:
+        told = _window(strength=1.0, style=style, attention=attention, text_stream="own")
+        return ApplyMixed.execute(stack.model, stack.adapter(file), who, **told).args[0]
 
     return partial(painted, patch)
 

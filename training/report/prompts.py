@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from .. import world
 from ..data import PICTURES
 from ..portrait.people import SPLITS
-from ..portrait.scenes import NEUTRAL
+from ..portrait.scenes import NEUTRAL, STYLES
 
 SPLIT = "test"  # nobody of whom anything was trained on
 BUST = "bust"  # of whose framing a caption says nothing
 SAY = (1, 0, 1, 0, 0)  # style first, then place; nothing of framing and light
 DRESSED = (1, 1, 1, 0, 0)
+STYLED = {style: f"{begin} a person" for style, (begin, _) in STYLES.items()}
 
 
 @dataclass(frozen=True)

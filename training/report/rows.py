@@ -12,6 +12,7 @@ from .methods import Make
 FEATS, REFS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0)
 FACEID, IMAGE, FUSED = "demo_faceid.safetensors", "demo_plus_face.safetensors", "demo_fused.safetensors"
 FLASHFACE = "demo_flashface.safetensors"
+INFINITE, INFINITE_PLAIN = "demo_infinite_id.safetensors", "demo_infinite_id_plain.safetensors"
 PLACED = {
     "encoder": "demo_flashface_encoder.safetensors", "both": "demo_flashface_both.safetensors",
 }  # fmt: skip
@@ -41,6 +42,12 @@ def _more(name: str, make: Make, file: str, most: int) -> dict[str, Row]:
     return {f"{key}_{n}": _few(f"{name}, {n} photo{'s' * (n > 1)}", make, file, n) for n in range(1, most + 1)}
 
 
+def _mixed(attention: str, style: str) -> Row:
+    """Infinite-ID's ablations are on as many prompts as show every style."""
+    make = methods.infinite(INFINITE, attention, style)
+    return Row(f"{attention}, {style}", make, INFINITE, people=24, prompts=6)
+
+
 def _pair(name: str, make: Make, file: str = "") -> Row:
     return Row(name, make, file, "pairs", people=32, prompts=2)
 
@@ -51,6 +58,8 @@ ROWS: Mapping[str, Row] = {
     "decoupled_image": Row("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE),
     "fused": Row("fused KV", methods.fused(FUSED), FUSED),
     "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
+    "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
+    "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
     "as_asked": Row("the person, drawn as asked", methods.as_asked),
     "second_photo": Row("another real photo of the person", methods.second_photos, kind="photos"),
     "stranger": Row("a stranger, drawn as asked", methods.another),
@@ -66,6 +75,11 @@ ROWS: Mapping[str, Row] = {
     **_more("fused KV", methods.fused(FUSED), FUSED, 3),
     **_more("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE, 3),
     **{f"placed_{where}": _few(where, methods.flashface(file), file) for where, file in PLACED.items()},
+    "mixed_mean": _mixed("mixed", "AdaIN-mean"),
+    "mixed_adain": _mixed("mixed", "AdaIN"),
+    "mixed_none": _mixed("mixed", "none"),
+    "mixed_mutual": _mixed("mutual", "AdaIN-mean"),
+    "mixed_off": _mixed("off", "AdaIN-mean"),
     "pair_bare": _pair("no adapter", methods.bare),
     "pair_fused": _pair("fused KV", methods.fused(FUSED), FUSED),
     "pair_decoupled": _pair("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
@@ -88,7 +102,8 @@ def _keys(prefix: str) -> list[str]:
     return [key for key in ROWS if key.startswith(prefix)]
 
 
-MAIN = ["bare", "decoupled_arcface", "decoupled_image", "fused", "flashface", "as_asked", "second_photo", "stranger"]
+METHODS = ("decoupled_arcface", "decoupled_image", "fused", "flashface", "infinite")
+MAIN = ["bare", *METHODS, "infinite_plain", "as_asked", "second_photo", "stranger"]
 PLACES = ["placed_encoder", "placed_both", "flashface_4"]
 TABLES = (
     Table(
@@ -106,10 +121,14 @@ TABLES = (
         "added layers",
     ),
     Table("Fusion: photos", [*_keys("fused_"), *_keys("plus_face_")], "Fused KV against decoupled attention."),
+    Table(
+        "Infinite-ID: mixed attention", _keys("mixed_"),
+        "Table 2 and Fig. 8: what self-attention reads, and how the identity's features are brought to the text's.",
+        "attention, style",
+    ),
     Table("Two people", _keys("pair_"), "Each in a half of the picture, by masks; a bootstrap over pairs."),
 )  # fmt: skip
 
-METHODS = ("decoupled_arcface", "decoupled_image", "fused", "flashface")
 CLAIMS = (
     *(Claim(f"{ROWS[key].name} is above no adapter by 0.25, intervals apart", "above", (key, "bare"), by=0.25)
       for key in METHODS),
@@ -123,6 +142,13 @@ CLAIMS = (
     Claim("decoder above both above encoder (FlashFace, Table 4)", "rising", tuple(PLACES), "target"),
     Claim("more photos are better (Fusion, three faces)", "rising", tuple(_keys("fused_"))),
     Claim("fused KV is above decoupled attention at equal training (Fusion)", "above", ("fused", "decoupled_image")),
+    Claim("training without the text is better (Infinite-ID, Table 2)", "above", ("infinite", "infinite_plain")),
+    Claim("mixed attention keeps to the prompt (Infinite-ID, Table 2)", "rising", ("mixed_off", "mixed_mean"), "clip"),
+    Claim("mixed attention keeps to the style (Infinite-ID)", "rising", ("mixed_off", "mixed_mean"), "style"),
+    Claim("mixed attention is above mutual (Infinite-ID, Table 2)", "rising", ("mixed_mutual", "mixed_mean")),
+    Claim("AdaIN costs likeness, AdaIN-mean less (Infinite-ID)", "rising", ("mixed_adain", "mixed_mean", "mixed_none")),
+    Claim("AdaIN-mean finds the style (Infinite-ID)", "rising", ("mixed_none", "mixed_mean"), "style"),
+    Claim("AdaIN finds the style (Infinite-ID)", "rising", ("mixed_none", "mixed_adain"), "style"),
     Claim("two people by fused KV are who they should be in 95% of the pictures", "least", ("pair_fused",), "right",
           by=0.95),
 )  # fmt: skip
