@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
-from .adapters import decoupled, fused
+from .adapters import decoupled, flashface, fused
 from .base import clip, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
@@ -22,6 +22,7 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "recogniser": (recogniser.Settings, recogniser.Recogniser),
     "decoupled": (decoupled.Settings, decoupled.Decoupled),
     "fused": (fused.Settings, fused.Fused),
+    "flashface": (flashface.Settings, flashface.FlashFace),
 }
 
 
