@@ -37,7 +37,9 @@ def read(found: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> tup
     own_file.check(told, KIND, {"heads": int, "face_size": int}, {"base": (FlashFaceSpec.base,)}, file)
     heads, side = told["heads"], told["face_size"]
     if heads < 1 or side < 8 or side % 8:
-        raise ValueError(f"got {file}, with {heads} heads and faces of {side} pixels; expected some, and a multiple of 8")
+        raise ValueError(
+            f"got {file}, with {heads} heads and faces of {side} pixels; expected some, and a multiple of 8"
+        )
     foreign = [key for key in found if not key.startswith(PREFIXES)]
     reference, added, main = (keymaps.under(found, prefix) for prefix in PREFIXES)
     if foreign or not reference or not added:

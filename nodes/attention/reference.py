@@ -139,7 +139,8 @@ class Reference(Term):
                 "got a guider without a negative prompt, whose text the reference net reads; expected one; "
                 "use KSampler or CFGGuider, or connect reference_text"
             )
-        words, _ = self.bank.get(("text", id(text)), lambda: (digest(text), text))
+        # Where each row sees its own, nothing is kept, and no name waits for the device.
+        words = "" if self.unfold else self.bank.get(("text", id(text)), lambda: (digest(text), text))[0]
         step: Step = self.bank.get("step", Step)
         sigma, time = step.time(call.sigma or 0.0, call.timesteps, self.refresh)
         key = (weights(self.read_by), sigma, words, call.dtype, call.device)

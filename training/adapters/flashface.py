@@ -116,23 +116,14 @@ class FlashFace(stack.AdapterTask[Settings]):
 
     def bound(self, model: ModelPatcher, batch: Batch) -> reference.Reference:
         seen = ~batch["faceless"][:, None, None]
-        return self._shown_to(model, batch["read"], seen.float())
+        return self.injection(model, batch["read"], seen.float())
 
-    def injection(self, model: ModelPatcher, read: Tensor) -> reference.Reference:
-        return self._shown_to(model, read, None)
-
-    def _shown_to(self, model: ModelPatcher, read: Tensor, seen: Tensor | None) -> reference.Reference:
-        """Faces [rows * n, 4, h, w], the next n for each row, where `seen` [rows, 1, 1] does not say 0."""
+    def injection(self, model: ModelPatcher, read: Tensor, seen: Tensor | None = None) -> reference.Reference:
+        """Bound to the next faces of [rows * n, 4, h, w] for each row, where `seen` [rows, 1, 1] does not say 0."""
         device = model.load_device
-        net = LoadedReferenceNet(
-            self.eyes.on(device), self.layers.on(device), MemoryBank(FORGETS), self.settings.file, self.spec
-        )
-        latents = model.model.process_latent_in(read.float())
-        return reference.Reference(
-            net=net, layers=reference.readers(model, net), people=[reference.Shown(latents, (), 1.0, seen, "")],
-            strength=1.0, before=1.0, on=ALWAYS, launch=ALWAYS, guided=False, refresh=1, text=self.text.to(device),
-            read_by=net.patcher, separate=True, name="", unfold=True,
-        )  # fmt: skip
+        eyes, layers = self.eyes.on(device), self.layers.on(device)
+        net = LoadedReferenceNet(eyes, layers, MemoryBank(FORGETS), self.settings.file, self.spec)
+        return shown(model, net, read, seen, self.text.to(device))
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         main = {} if self.main is None else self.main.diffusion_model.state_dict()
@@ -140,6 +131,18 @@ class FlashFace(stack.AdapterTask[Settings]):
         halves = {key: value.half().contiguous() for key, value in tensors.items()}
         told = own_flashface.metadata(FlashFaceSpec(self.spec.base, self.spec.heads, self.spec.face_size, notes))
         save_file(halves, folder / f"{self.settings.file}.safetensors", told)
+
+
+def shown(
+    model: ModelPatcher, net: LoadedReferenceNet, read: Tensor, seen: Tensor | None, text: Tensor
+) -> reference.Reference:
+    """What FlashFace.injection gives, of its parts; the faces are read with this text [1, T, C]."""
+    latents = model.model.process_latent_in(read.float())
+    return reference.Reference(
+        net=net, layers=reference.readers(model, net), people=[reference.Shown(latents, (), 1.0, seen, "")],
+        strength=1.0, before=1.0, on=ALWAYS, launch=ALWAYS, guided=False, refresh=1, text=text,
+        read_by=net.patcher, separate=True, name="", unfold=True,
+    )  # fmt: skip
 
 
 def build(base: BaseModel, settings: Settings, heads: int) -> tuple[BaseModel, math.AddedLayers]:

@@ -147,7 +147,8 @@ class AdapterTask(Task, Generic[Told]):
         silent = ((die < no_text) | ((die >= no_face) & (die < neither))).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(made, silent, strict=True)]
         return {
-            **self._shown(made, seen), "made": made, "tokens": clip.tokenize(self.tokenizer, texts), "faceless": faceless,
+            **self._shown(made, seen), "made": made, "faceless": faceless,
+            "tokens": clip.tokenize(self.tokenizer, texts),
             "noise": torch.randn(size, 4, latent, latent, generator=chance),
             "times": torch.randint(self.frozen.model.model_sampling.num_timesteps, (size,), generator=chance),
         }  # fmt: skip
