@@ -129,7 +129,7 @@ class Heard:
 
 
 def difference(heard: Heard, rows: slice, references: Pair, attend: Attend, out: Callable[[Tensor], Tensor]) -> Tensor:
-    """F(y; [y, r]) - F(y; y) of some rows (Eq. 2): what strength 1 adds. References are [1, T, C], for every row."""
+    """F(y; [y, r]) - F(y; y) of some rows (Eq. 2): what strength 1 adds. References are [1 or rows, T, C]."""
     q, k, v = heard.q[rows], heard.k[rows], heard.v[rows]
     k, v = (
         torch.cat((mine, theirs.expand(len(mine), -1, -1)), 1) for mine, theirs in zip((k, v), references, strict=True)

@@ -91,13 +91,13 @@ def _bicubic(before: int, after: int) -> Tensor:
     return (weights + 0.5 * weights.sign()).trunc().long()
 
 
-def references(identity: Identity) -> Tensor:
-    """The faces of an identity as the reference net was trained on them: uint8 [n, 224, 224, 3] RGB.
+def references(identity: Identity, side: int = SIDE) -> Tensor:
+    """The faces of an identity as the reference net was trained on them: uint8 [n, side, side, 3] RGB.
 
     Faces of weight 0 are left out. Raises ValueError where none is left, or where the identity holds no pictures.
     """
     crops, kept = pictured(identity)
-    return torch.stack([square(crop(crops[i], identity.box[i], identity.kps[i][:2])) for i in kept])
+    return torch.stack([square(crop(crops[i], identity.box[i], identity.kps[i][:2]), side) for i in kept])
 
 
 def position(box: Sequence[float], width: int, height: int) -> Tensor:

@@ -136,6 +136,20 @@ class FusedSpec:
 
 
 @dataclass(frozen=True)
+class FlashFaceSpec:
+    """What a FlashFace file is (likeness.own_flashface); as its authors published it, if nothing is said.
+
+    `base` is the family of base models; `heads` are those of its UNets' attentions; `face_size` is the side of a
+    reference in pixels; `notes` say how it was trained.
+    """
+
+    base: str = "SD1.5"
+    heads: int = 8
+    face_size: int = 224
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OmniIDSpec:
     """What an Omni-ID encoder is (likeness.omni_id). The defaults are the paper's, or ours where it is silent.
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature, FusedSpec, OmniIDSpec, PrompterSpec
+from ..likeness.spec import AdapterSpec, Face, Feature, FlashFaceSpec, FusedSpec, OmniIDSpec, PrompterSpec
 
 Identity = io.Custom("LIKENESS_IDENTITY")
 People = io.Custom("LIKENESS_PEOPLE")
@@ -92,13 +92,14 @@ class LoadedReferenceNet:
     """What goes through LIKENESS_REFERENCE_NET: a UNet that reads the faces, under the host's care.
 
     `added` holds the attention layers that read what it saw (flashface.AddedLayers); None where the model's own
-    self-attentions do. `bank` keeps what it saw, for as long as this object lives.
+    self-attentions do. `bank` keeps what it saw, for as long as this object lives; faces have the spec's size.
     """
 
     patcher: ModelPatcher
     added: ModelPatcher | None
     bank: MemoryBank
     file: str
+    spec: FlashFaceSpec = FlashFaceSpec()
 
 
 @dataclass(frozen=True, eq=False)

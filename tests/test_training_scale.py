@@ -15,7 +15,8 @@ import pytest
 import torch
 from comfy import model_base, supported_models
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.likeness import faces, keymaps, own_decoupled
+from comfyui_likeness.likeness import faces, keymaps, own_decoupled, own_flashface
+from comfyui_likeness.likeness import flashface as flashface_math
 from comfyui_likeness.likeness import fused as fused_math
 from comfyui_likeness.likeness import infinite_id as infinite_math
 from comfyui_likeness.likeness.bank import MemoryBank
@@ -23,12 +24,14 @@ from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedSpec, Iden
 from comfyui_likeness.nodes.attention import decoupled as decoupled_node
 from comfyui_likeness.nodes.attention import fused as fused_node
 from comfyui_likeness.nodes.attention import patch
+from comfyui_likeness.nodes.attention.added import with_added
 from comfyui_likeness.nodes.attention.injection import ALWAYS, Injection
 from comfyui_likeness.nodes.attention.unet import sites as attention_sites
-from comfyui_likeness.nodes.types import LoadedAdapter, LoadedFused
+from comfyui_likeness.nodes.loaders.flashface import with_place
+from comfyui_likeness.nodes.types import LoadedAdapter, LoadedFused, LoadedReferenceNet
 from comfyui_likeness.tools import standin_models
 from comfyui_likeness.training import data, loop, tasks
-from comfyui_likeness.training.adapters import decoupled, infinite_id
+from comfyui_likeness.training.adapters import decoupled, flashface, infinite_id
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
 from golden import GOLDEN
 from PIL import Image
@@ -81,15 +84,16 @@ def sd15(monkeypatch: pytest.MonkeyPatch) -> ModelPatcher:
     return ModelPatcher(model, META, META)
 
 
-def adapter_step(held: ModelPatcher, injection: Injection, adapter: nn.Module) -> None:
-    """The step of an adapter in a model, for two rows."""
+def adapter_step(held: ModelPatcher, injection: Injection, *adapters: nn.Module, **told: Tensor) -> None:
+    """The step of an adapter's modules in a model, for two rows."""
     width, beside = attention_sites(held.model.diffusion_model)[0].context, held.model.adm_channels
     latent, text = torch.zeros(2, 4, 64, 64, device=META), torch.zeros(2, 77, width, device=META)
     given = unet.Noised(latent, torch.ones(2, device=META), latent)
-    told = {"c_crossattn": text} | ({"y": torch.zeros(2, beside, device=META)} if beside else {})
+    told |= {"c_crossattn": text} | ({"y": torch.zeros(2, beside, device=META)} if beside else {})
     options = patch.directly(patch.attach(held, injection), 1.0)
     unet.wrong_noise(held.model, given, math.inf, **told, **options).backward()
-    assert all(value.grad is not None for value in adapter.parameters())
+    adapter = nn.ModuleList(adapters)
+    assert all(value.grad is not None for value in adapter.parameters() if value.requires_grad)
     torch.optim.SGD(loop.groups(adapter, 0.01), lr=0.1).step()
 
 
@@ -154,6 +158,36 @@ def test_infinite_id_of_the_papers_scale_takes_a_step(monkeypatch: pytest.Monkey
     assert len(sites) == 70 and spec.layers.count(1280) == 60  # of each a pair of keys and values (Sec. 4.1)
     loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, "infinite_id")
     adapter_step(held, infinite_id.bound(infinite_id.CROSS[about.enhanced], loaded, read, sites), module)
+
+
+def test_flashface_of_real_scale_has_the_published_shapes_and_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, about = tasks.settings("flashface", EIGHT_GPUS / "flashface.toml")
+    assert (8 * run.batch, run.rate, run.steps, about.side, about.references) == (32, 2e-5, 50000, 768, 4)
+    assert about.tuned and (about.no_text, about.no_face, about.no_place) == (0.1, 0.1, 0.1)
+    base = sd15(monkeypatch).model
+    net, added = flashface.build(base, about, 8)
+    main = flashface.tuned(base, 8)
+    shapes = json.loads((GOLDEN / "flashface" / "manifest_sd15.json").read_text())["parameters"]
+    published = flashface_math.parts({key: torch.empty(shape, device=META) for key, shape in shapes.items()})
+    for mine, theirs in ((main, published.main), (net, published.reference)):
+        assert {key: value.shape for key, value in mine.diffusion_model.state_dict().items()} == {
+            key: value.shape for key, value in theirs.items()
+        }
+    saved = own_flashface.tensors({}, added, {})
+    assert {key: value.shape for key, value in saved.items()} == {
+        f"added.{key}": value.shape for key, value in published.added.items()
+    }
+    eyes, layers = (ModelPatcher(module, META, META) for module in (net, added))
+    loaded = LoadedReferenceNet(eyes, layers, MemoryBank(0), "flashface")
+    painter = with_added(with_place(ModelPatcher(main, META, META)), layers)
+    read, text = (
+        torch.zeros(2 * 3, 4, about.face // 8, about.face // 8, device=META),
+        torch.zeros(1, 77, 768, device=META),
+    )
+    seen = torch.ones(2, 1, 1, device=META)
+    place = torch.zeros(2, 1, 64, 64, device=META)
+    shown = flashface.shown(painter, loaded, read, seen, text)
+    adapter_step(painter, shown, net, added, main, c_concat=place)
 
 
 def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
-from .adapters import decoupled, fused, infinite_id
+from .adapters import decoupled, flashface, fused, infinite_id
 from .base import clip, detector, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
@@ -24,6 +24,7 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "decoupled": (decoupled.Settings, decoupled.Decoupled),
     "fused": (fused.Settings, fused.Fused),
     "infinite_id": (infinite_id.Settings, infinite_id.InfiniteID),
+    "flashface": (flashface.Settings, flashface.FlashFace),
 }
 
 

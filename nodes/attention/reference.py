@@ -78,7 +78,8 @@ class Reference(Term):
     """Faces bound to a reference net (injection.Term).
 
     `name` is the role of its guidance's rows, `read_by` the model whose weights read the faces, `separate` whether that
-    is another than the picture's.
+    is another than the picture's. With `unfold`, each row of a chunk sees faces of its own at its own time: the next of
+    the latents, as many for every row.
     """
 
     net: types.LoadedReferenceNet
@@ -94,6 +95,7 @@ class Reference(Term):
     read_by: ModelPatcher
     separate: bool
     name: str
+    unfold: bool = False
     window: Window = ALWAYS
     bank: Bank = field(default_factory=Bank)
 
@@ -137,7 +139,8 @@ class Reference(Term):
                 "got a guider without a negative prompt, whose text the reference net reads; expected one; "
                 "use KSampler or CFGGuider, or connect reference_text"
             )
-        words, _ = self.bank.get(("text", id(text)), lambda: (digest(text), text))
+        # Where each row sees its own, nothing is kept, and no name waits for the device.
+        words = "" if self.unfold else self.bank.get(("text", id(text)), lambda: (digest(text), text))[0]
         step: Step = self.bank.get("step", Step)
         sigma, time = step.time(call.sigma or 0.0, call.timesteps, self.refresh)
         key = (weights(self.read_by), sigma, words, call.dtype, call.device)
@@ -148,16 +151,22 @@ class Reference(Term):
                     self.net.bank, (*key[:-1], person.digest), call, lambda p=person: self._read(p, time, text, call)
                 )
                 for place, layer in self.layers.items():
-                    k, v = layer.k(seen[place]), layer.v(seen[place])
-                    step.pairs[place].append((in_a_row(k, person.order), in_a_row(v, person.order)))
+                    k, v = (self._in_rows(part(seen[place]), person, call) for part in (layer.k, layer.v))
+                    step.pairs[place].append((k, v))
             step.key = key
         return step.pairs
+
+    def _in_rows(self, faces: Tensor, person: Shown, call: Call) -> Tensor:
+        """The tokens of all faces [n, L, C] as every row sees them [1, T, C], or as each does [rows, T, C]."""
+        return faces.unflatten(0, (call.rows, -1)).flatten(1, 2) if self.unfold else in_a_row(faces, person.order)
 
     def _read(self, person: Shown, time: Tensor, text: Tensor, call: Call) -> dict[Place, Tensor]:
         """One pass of the reference net over a person's faces: clean, at the picture's time, with the negative text."""
         model = self.net.patcher.model
         dtype = (model.manual_cast_dtype or model.get_dtype()) if self.separate else call.dtype
         x = person.latents.to(call.device, dtype)
+        if self.unfold:
+            time = call.timesteps[: call.rows].repeat_interleave(len(x) // call.rows)
         context = text[:1].to(call.device, dtype).expand(len(x), -1, -1)
         seen = inputs(model.diffusion_model, x, time.expand(len(x)), context, self.places)
         return {place: tensor.to(call.dtype) for place, tensor in seen.items()}
@@ -209,9 +218,9 @@ def _layout(found: Sequence[Site]) -> list[tuple[Any, ...]]:
     return [(site.block, site.depth, site.hidden, site.context) for site in found]
 
 
-def shown(model: ModelPatcher, vae: Any, person: Person, least: int) -> tuple[Shown, Tensor]:
-    """A person's faces for the reference net, and the pictures [n, 224, 224, 3] that they were made of."""
-    pictures = reference_faces.references(person.identity).float() / 255
+def shown(model: ModelPatcher, vae: Any, person: Person, least: int, side: int) -> tuple[Shown, Tensor]:
+    """A person's faces for the reference net, and the pictures [n, side, side, 3] that they were made of."""
+    pictures = reference_faces.references(person.identity, side).float() / 255
     made = latents(model, vae, pictures)
     order = tuple(math.repeats(len(made), least))
     return Shown(made, order, person.strength, person.mask, digest(made)), pictures
@@ -338,7 +347,7 @@ class ApplyReference(io.ComfyNode):
     ) -> io.NodeOutput:
         layers = readers(model, reference_net)
         people = mixed(identity, list((others or {}).values()), weights)
-        faces = [shown(model, vae, person, show_at_least) for person in people]
+        faces = [shown(model, vae, person, show_at_least, reference_net.spec.face_size) for person in people]
         if not faces:
             return io.NodeOutput(positioned(model, face_position, face_box))
         preview = ui.PreviewImage(torch.cat([pictures for _, pictures in faces]), cls=cls)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.ops
 from comfy_api.latest import io
 
-from ...likeness import detect, keymaps, omni_id
+from ...likeness import detect, keymaps, omni_id, own_flashface
 from ...likeness import fused as fused_math
 from ...likeness.decoupled import KINDS
 from ...likeness.spec import AdapterSpec, Feature
@@ -43,6 +43,12 @@ CROPS = {
 # Files of the pack's own say in their metadata what they are: what loads each kind.
 OWN = {fused_math.KIND: fused.load, **dict.fromkeys(own.KINDS, own.load)}
 
+# Kinds that are no adapters: what they are, and which node loads them.
+ELSEWHERE = {
+    omni_id.KIND: ("an Omni-ID encoder", "Load Omni-ID Encoder"),
+    own_flashface.KIND: ("a FlashFace file", "Load FlashFace"),
+}
+
 
 def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFused, str]:
     """Read an adapter file: its weights under the host's care, and a report. Raises ValueError (see `files.read`)."""
@@ -50,8 +56,9 @@ def load(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.
     told = files.told(path)
     if told is not None:
         kind = told.get("kind")
-        if kind == omni_id.KIND:
-            raise ValueError(f"got {file}, an Omni-ID encoder; expected an adapter; load it with Load Omni-ID Encoder")
+        if kind in ELSEWHERE:
+            what, node = ELSEWHERE[kind]
+            raise ValueError(f"got {file}, {what}; expected an adapter; load it with {node}")
         if kind not in OWN:
             raise ValueError(f"got {file}, a file of this pack of kind {kind!r}; expected {', '.join(OWN)}")
         return OWN[kind](files.read(path), told, file)

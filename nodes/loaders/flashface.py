@@ -19,8 +19,9 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ...likeness import flashface as math
-from ...likeness import keymaps
+from ...likeness import keymaps, own_flashface
 from ...likeness.bank import MemoryBank
+from ...likeness.spec import FlashFaceSpec
 from .. import types
 from ..attention.added import with_added
 from . import care, files
@@ -32,7 +33,7 @@ MIB = 1 << 20
 Given = Mapping[str, Any]  # what the host knows when it asks for further input channels
 Loaded = tuple[ModelPatcher, types.LoadedReferenceNet]
 WRONG_BASE = {
-    True: ("which was trained as a LoRA", "a base model for it", "connect an SD1.5 model"),
+    True: ("which brings no UNet that paints", "a base model for it", "connect an SD1.5 model"),
     False: ("which brings its own UNet", "no base model", "disconnect the model"),
 }
 
@@ -64,9 +65,10 @@ class InputChannels:
         return self.make(self.model, given)
 
 
-def host_model(tensors: Mapping[str, Tensor]) -> ModelPatcher:
+def host_model(tensors: Mapping[str, Tensor], heads: int = FlashFaceSpec.heads) -> ModelPatcher:
     """A MODEL of the host with these weights, under the host's names; their dtype stays."""
     config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(dict(tensors), "") or {})
+    config.unet_config["num_heads"] = heads  # which no shape tells
     device, dtype = comfy.model_management.get_torch_device(), next(iter(tensors.values())).dtype
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
@@ -94,22 +96,36 @@ def host_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     )
 
 
-def build(tensors: Mapping[str, Tensor], file: str, bank: MemoryBank, base: ModelPatcher | None = None) -> Loaded:
-    """MODEL and REFERENCE_NET of a checkpoint's tensors. Raises ValueError on any other file (see `math.parts`)."""
+def build(
+    tensors: Mapping[str, Tensor],
+    file: str,
+    bank: MemoryBank,
+    base: ModelPatcher | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """MODEL and REFERENCE_NET of a checkpoint's tensors, and of the metadata of the pack's own files.
+
+    Raises ValueError on any other file (see `math.parts`, `own_flashface.read`).
+    """
     dtype = host_dtype(tensors)
-    found = math.parts({key: value.to(dtype) for key, value in tensors.items()})
+    tensors = {key: value.to(dtype) for key, value in tensors.items()}
+    spec, found = (FlashFaceSpec(), math.parts(tensors)) if told is None else own_flashface.read(tensors, told, file)
     if (found.main is None) != (base is not None):
         got, wants, do = WRONG_BASE[base is None]
         raise ValueError(f"got {file}, {got}; expected {wants}; {do}")
     added = care.patcher_of(math.AddedLayers(found.added, comfy.ops.manual_cast))
-    net = types.LoadedReferenceNet(host_model(found.reference), added, bank, file)
-    model = with_lora(base, found.lora) if base is not None else main_model(found)
+    net = types.LoadedReferenceNet(host_model(found.reference, spec.heads), added, bank, file, spec)
+    model = with_lora(base, found.lora) if base is not None else main_model(found, spec)
     return with_added(model, added), net
 
 
-def main_model(found: math.Parts) -> ModelPatcher:
+def main_model(found: math.Parts, spec: FlashFaceSpec) -> ModelPatcher:
     assert found.main is not None
-    model = host_model(found.main)
+    return with_place(host_model(found.main, spec.heads))
+
+
+def with_place(model: ModelPatcher) -> ModelPatcher:
+    """The same, reading the face's place in its further input channels. Raises ValueError on other channels."""
     channels = model.model.model_config.unet_config["in_channels"]
     if channels not in CHANNELS:
         raise ValueError(f"got a UNet of {channels} input channels; expected {' or '.join(map(str, CHANNELS))}")
@@ -128,7 +144,8 @@ def with_lora(base: ModelPatcher, lora: Mapping[str, Tensor]) -> ModelPatcher:
 
 def load(file: str, base: ModelPatcher | None, limit: int) -> Loaded:
     """Read a FlashFace checkpoint; its bank may take `limit` bytes. Raises ValueError (see `files.read`, `build`)."""
-    return build(files.read(files.find(file, FOLDER)), file, care.bank_of(limit), base)
+    path = files.find(file, FOLDER)
+    return build(files.read(path), file, care.bank_of(limit), base, files.told(path))
 
 
 CACHE = io.Int.Input(
@@ -152,11 +169,12 @@ class LoadFlashFace(io.ComfyNode):
                 io.Combo.Input(
                     "file", options=files.names(FOLDER),
                     tooltip="Checkpoint from models/likeness: flashface.ckpt, its safetensors, an inpainting or a LoRA "
-                    "version.",
+                    "version, or one of your own training.",
                 ),
                 io.Model.Input(
                     "model", optional=True,
-                    tooltip="For LoRA versions only: the SD1.5 model that they are put into.",
+                    tooltip="For files without a UNet that paints (LoRA versions, own trainings): the SD1.5 model to "
+                    "put them into.",
                 ),
                 CACHE,
             ],

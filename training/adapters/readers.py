@@ -14,7 +14,7 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.taesd.taesd import TAESD
 from torch import Tensor
 
-from ...likeness import faces
+from ...likeness import faces, reference_faces
 from ...likeness.spec import Face, Feature
 from ...nodes.attention import fused
 from ...nodes.encode import HostEncoder
@@ -139,6 +139,18 @@ class Latents:
 
     def read(self, cuts: Tensor, device: torch.device) -> Tensor:
         return latents.quickly(self.autoencoder, cuts.to(device).movedim(-1, 1).float() / 255)
+
+
+class References(Latents):
+    """The same of a face alone, levelled on black, as Apply Identity (Reference) makes them."""
+
+    def __init__(self, file: Path, autoencoder: TAESD, side: int) -> None:
+        super().__init__(file, autoencoder, side)
+        self.hash = hashlib.sha256(f"reference {self.hash}".encode()).hexdigest()
+
+    def cut(self, view: View) -> Tensor:
+        photo, face = faces.head(view.picture.float() / 255, Face(view.box.float(), view.kps.float(), 1.0))
+        return reference_faces.square(reference_faces.crop(photo, face.box, face.kps[:2]), self.side)
 
 
 def head(view: View) -> Tensor:

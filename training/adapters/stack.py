@@ -151,16 +151,18 @@ class AdapterTask(Task, Generic[Told]):
 
     def batch(self, chance: Generator, size: int) -> Batch:
         latent = self.settings.side // 8
+        faces = self.count(chance)
         turns = zip(some(chance, size, len(self.clusters)), some(chance, size), some(chance, size), strict=True)
-        pairs = [self._pair(self.clusters[who], first, second) for who, first, second in turns]
-        made, seen = zip(*pairs, strict=True)
+        rows = [self._row(self.clusters[who], first, second, faces) for who, first, second in turns]
+        made, seen = [row[0] for row in rows], [number for row in rows for number in row[1:]]
         no_text, no_face, neither = torch.tensor(self.parts).cumsum(0).tolist()
         die = torch.rand(size, generator=chance)
         faceless = (die >= no_text) & (die < neither)
         silent = ((die < no_text) | ((die >= no_face) & (die < neither))).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(made, silent, strict=True)]
         return {
-            **self._shown(made, seen), "tokens": clip.tokenize(self.tokenizer, texts), "faceless": faceless,
+            **self._shown(made, seen), "made": made, "faceless": faceless,
+            "tokens": clip.tokenize(self.tokenizer, texts),
             "noise": torch.randn(size, 4, latent, latent, generator=chance),
             "times": torch.randint(self.frozen.model.model_sampling.num_timesteps, (size,), generator=chance),
         }  # fmt: skip
@@ -173,11 +175,20 @@ class AdapterTask(Task, Generic[Told]):
         read = torch.stack([self.frozen.faces[number] for number in seen])
         return {"latents": self.frozen.pool[list(made)].float(), "read": read.float()}
 
-    def _pair(self, numbers: Sequence[int], first: int, second: int) -> tuple[int, int]:
-        """A picture to make and one to read the face from."""
-        here, count = first % len(numbers), len(numbers)
-        there = (here + 1 + second % (count - 1)) % count if self.settings.other else here
-        return numbers[here], numbers[there]
+    def count(self, chance: Generator) -> int:
+        """How many faces each row of a batch is shown."""
+        return 1
+
+    def _row(self, numbers: Sequence[int], first: int, second: int, faces: int) -> list[int]:
+        """A picture to make, and those to read faces from: none twice before all have had their turn."""
+        here = first % len(numbers)
+        others = [*numbers[here + 1 :], *numbers[:here]] if self.settings.other else [numbers[here]]
+        row, left = [numbers[here]], list[int]()
+        for _ in range(faces):
+            left = left or [*others]
+            second, place = divmod(second, len(left))
+            row.append(left.pop(place))
+        return row
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         device = batch["noise"].device
@@ -186,15 +197,23 @@ class AdapterTask(Task, Generic[Told]):
                 made = latents.encode(self.frozen.autoencoder, batch["pictures"])
                 batch = {**batch, "latents": made, "read": self.reader.read(batch["cuts"], device)}
             text = self.frozen.words(batch["tokens"], device)
-            held = self.frozen.unet.on(device)
+            held = self.painter(device)
             given = unet.Noised.of(held.model, batch)
-        patched = attach(held, self.injection(held, self.faces(batch)))
+        patched = attach(held, self.bound(held, batch))
         told = {"c_crossattn": text, **self.told(batch), **directly(patched, float(given.sigma.max()))}
         return {"noise": unet.wrong_noise(held.model, given, self.settings.snr, **told)}
+
+    def painter(self, device: torch.device) -> ModelPatcher:
+        """The model that paints, as it is without a face."""
+        return self.frozen.unet.on(device)
 
     def told(self, batch: Batch) -> dict[str, Tensor]:
         """What the model is given besides, text apart."""
         return self.frozen.told(batch["tokens"], self.settings.side, batch["noise"].device)
+
+    def bound(self, model: ModelPatcher, batch: Batch) -> Injection:
+        """The adapter bound to the faces of a batch."""
+        return self.injection(model, self.faces(batch))
 
     def faces(self, batch: Batch) -> Tensor:
         """The faces of a batch as they were read; what stands for none where it is to be `faceless`."""
@@ -210,7 +229,7 @@ class AdapterTask(Task, Generic[Told]):
         who = [some(chance, 1, len(album))[0] for _ in range(SHOWN)]
         views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
         device = next(self.parameters()).device
-        held = self.frozen.unet.on(device)
+        held = self.painter(device)
         prompts = [self._prompt(texts, device) for texts in ([other.caption for _, other in views], [""])]
         noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
         patched = self.applied(held, self.look([view for view, _ in views]).to(device))
