@@ -79,8 +79,8 @@ class Stack(unet.Frozen):
         self.faces: dict[int, Tensor] = {}
 
 
-class AdapterTask(Task, Generic[Told]):
-    """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it.
+class PeopleTask(Task, Generic[Told]):
+    """Batches of pairs: a picture to make, and a face of the same person.
 
     Subclasses hold the trained weights; nothing of the base stack is part of the module.
     """
@@ -106,10 +106,6 @@ class AdapterTask(Task, Generic[Told]):
     @abstractmethod
     def reader(self) -> Reader:
         """What reads the faces."""
-
-    @abstractmethod
-    def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
-        """The adapter bound to faces as they were read [n, ...], face i in row i."""
 
     @property
     def parts(self) -> tuple[float, float, float]:
@@ -165,6 +161,18 @@ class AdapterTask(Task, Generic[Told]):
         there = (here + 1 + second % (count - 1)) % count if self.settings.other else here
         return numbers[here], numbers[there]
 
+    def _strangers(self) -> Album:
+        folder, side = self.settings.strangers, self.settings.side
+        return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)
+
+
+class AdapterTask(PeopleTask[Told]):
+    """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it."""
+
+    @abstractmethod
+    def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
+        """The adapter bound to faces as they were read [n, ...], face i in row i."""
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         device = batch["noise"].device
         with torch.no_grad():
@@ -198,7 +206,3 @@ class AdapterTask(Task, Generic[Told]):
         made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
         photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
         return {"pictures": sheet(photos, made)}
-
-    def _strangers(self) -> Album:
-        folder, side = self.settings.strangers, self.settings.side
-        return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)
