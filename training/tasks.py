@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
+from .adaface import inverter, teacher
 from .adapters import decoupled, fused
 from .base import clip, recogniser, unet, vae
 from .base.source import Source, find
@@ -22,6 +23,8 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "recogniser": (recogniser.Settings, recogniser.Recogniser),
     "decoupled": (decoupled.Settings, decoupled.Decoupled),
     "fused": (fused.Settings, fused.Fused),
+    "arc2face": (teacher.Settings, teacher.Teacher),
+    "adaface": (inverter.Settings, inverter.FaceDistillation),
 }
 
 
