@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
-from .adaface import inverter, teacher
+from .adaface import compose, inverter, teacher
 from .adapters import decoupled, fused
 from .base import clip, recogniser, unet, vae
 from .base.source import Source, find
@@ -25,6 +25,7 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "fused": (fused.Settings, fused.Fused),
     "arc2face": (teacher.Settings, teacher.Teacher),
     "adaface": (inverter.Settings, inverter.FaceDistillation),
+    "adaface_compose": (compose.Settings, compose.CompositionDistillation),
 }
 
 
