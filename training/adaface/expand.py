@@ -34,7 +34,8 @@ def expanded(tensors: Mapping[str, Tensor], copies: Sequence[int], spread: float
                     f"got copies = {wanted} for layer {layer} in [task], which has {rows // width}; expected a multiple"
                 )
             wide = weight.repeat(times, 1)
-            noise = torch.randn(wide.shape, generator=generator) * (spread * weight.std(1).mean())
+            drawn = torch.randn(wide.shape, generator=generator, device="cpu").to(wide)
+            noise = drawn * (spread * weight.std(1).mean())
             noise[:rows] = 0
             made |= {f"{name}.weight": wide + noise, f"{name}.bias": bias.repeat(times)}
     return made
