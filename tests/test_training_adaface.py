@@ -71,14 +71,14 @@ def test_orthogonal_subtraction_by_hand() -> None:
 
 def test_the_delta_loss_by_hand() -> None:
     x, y, z = torch.eye(3)
-    assert losses.delta(x, x + y, 2 * x, 5 * x + 3 * y).item() == pytest.approx(0)
-    assert losses.delta(x, x + y, x, x + z).item() == pytest.approx(1)
-    assert losses.delta(x, x + y, x, x - y).item() == pytest.approx(2)
-    assert losses.delta(y, x + y, x, x + z).item() == pytest.approx(1)
+    assert losses.delta(x, x + y, 2 * x, 5 * x + 3 * y).item() == pytest.approx(0, abs=1e-5)
+    assert losses.delta(x, x + y, x, x + z).item() == pytest.approx(1, abs=1e-5)
+    assert losses.delta(x, x + y, x, x - y).item() == pytest.approx(2, abs=1e-5)
+    assert losses.delta(y, x + y, x, x + z).item() == pytest.approx(1, abs=1e-5)
     # A feature that the composition leaves alone counts in no way, nor has it a gradient.
     single, composed = torch.stack((x, x)), torch.stack((x + y, x)).requires_grad_(True)
     value = losses.delta(single, composed, single, torch.stack((x + z + y, x)))
-    assert value.item() == pytest.approx(1 - 0.5**0.5)
+    assert value.item() == pytest.approx(1 - 0.5**0.5, abs=1e-5)
     value.backward()
     assert composed.grad is not None and composed.grad.isfinite().all()
     assert composed.grad[0].any() and not composed.grad[1].any()
@@ -321,7 +321,7 @@ def test_composition_sees_the_same_noise_and_the_face(stack: Path) -> None:
     assert batch["masks"].shape == (3, stacks.SIDE, stacks.SIDE) and 0.01 < batch["masks"].float().mean() < 0.5
     found = task(batch)
     assert list(found) == ["prompts", "maps", "outputs", "preserved", "face"]
-    assert all(0 < float(value.detach()) < 4 for value in found.values())
+    assert all(value.isfinite() and value > 0 for value in found.values())
     lone = make("compose", stack, face=0.0, delta=2.0, preserve=0.5)
     weighed = lone(batch)
     assert list(weighed) == list(found)[:-1]
@@ -329,14 +329,16 @@ def test_composition_sees_the_same_noise_and_the_face(stack: Path) -> None:
         assert float(weighed[name].detach()) == pytest.approx(factor * float(found[name].detach()), rel=1e-4)
 
 
-def test_it_shows_what_it_makes_and_whether_it_still_gains(stack: Path) -> None:
+def test_it_tells_whether_it_still_gains(stack: Path) -> None:
     task = make("adaface", stack)
+    assert isinstance(task, inverter.FaceDistillation)
     with torch.no_grad():
-        first, second = task.draw(chance(0)), task.draw(chance(0))
-    assert (
-        first["pictures"].shape[-1] == 3 and "gain" not in first and float(second["gain"]) == pytest.approx(0, abs=1e-5)
-    )
-    assert float(first["kept_face"]) == pytest.approx(float(second["kept_face"]), rel=1e-4)
+        first, second = task.progress(chance(0)), task.progress(chance(0))
+        for value in task.inverter.parameters():
+            value += 0.1
+        third = task.progress(chance(0))
+    assert list(first) == ["kept_face"] and float(second["gain"]) == pytest.approx(0, abs=1e-5)
+    assert float(third["gain"]) == pytest.approx(1 - float(third["kept_face"] / first["kept_face"]), abs=1e-5) != 0
 
 
 def test_what_cannot_be_trained_is_said(stack: Path) -> None:

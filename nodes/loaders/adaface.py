@@ -87,7 +87,7 @@ class LoadAdaFace(io.ComfyNode):
                     "arc2face",
                     options=files.names(*ENCODERS),
                     tooltip="Arc2Face's text encoder, encoder/pytorch_model.bin of its authors, from models/likeness "
-                    "or models/text_encoders, under any name.",
+                    "or models/text_encoders, under any name; or one of your own training.",
                 ),
             ],
             outputs=[types.Prompter.Output(display_name="prompter")],

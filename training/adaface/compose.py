@@ -73,13 +73,13 @@ class CompositionDistillation(FaceDistillation[Settings]):
         text = self.read(rows, self.vectors(taught).repeat(2, 1, 1))
         layers = self.watched(given, text)
         pairs = list(zip(layers, class_layers, strict=True))
-        found = {
+        deltas = {
             "prompts": delta(text, nobody),
             "maps": torch.stack([delta(one.maps, other.maps) for one, other in pairs]).mean(),
             "outputs": torch.stack([delta(one.outputs, other.outputs) for one, other in pairs]).mean(),
         }
         kept = torch.stack([preserved(layer, batch["masks"]) for layer in layers]).mean()
-        weighed = {name: self.settings.delta * value for name, value in found.items()}
+        weighed = {name: self.settings.delta * value for name, value in deltas.items()}
         return {**weighed, "preserved": self.settings.preserve * kept}
 
     def watched(self, given: unet.Noised, text: Tensor) -> list[Layer]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss, normalize
@@ -20,6 +21,7 @@ from ...likeness import adaface, arc2face, keymaps, prompts
 from ...likeness.spec import PrompterSpec
 from ...nodes.loaders.adaface import encoder
 from ..base import clip, unet
+from ..base.recogniser import VECTOR
 from ..base.source import Source
 from ..task import Batch
 from . import words
@@ -29,6 +31,7 @@ from .faces import Settings as FaceSettings
 
 HERE = "@"  # stands for the person in a prompt
 MIX = "hidden_state_layer_weights"
+TRIED = 16  # faces of the batch that tells of progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,7 @@ class FaceDistillation(FaceTask[Told]):
         return {
             **found,
             "random": torch.rand(size, generator=chance) < self.settings.random,
-            "faces": torch.randn(size, 512, generator=chance),
+            "faces": torch.randn(size, VECTOR, generator=chance),
             "nowhere": torch.randn(shape, generator=chance),
             "times": torch.randint(steps, (count, size), generator=chance).sort(0, descending=True).values,
         }
@@ -163,17 +166,17 @@ class FaceDistillation(FaceTask[Told]):
         return said, self.frozen.words(clip.tokenize(self.tokenizer, [""]), faces.device)
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
-        """Besides, the losses of one batch, the same at all times, and the part by which their sum fell since drawn
-        last: where that stays near 0, a run with more `copies` may begin."""
-        from torch.utils._pytree import tree_map
+        return {**self.progress(chance), **super().draw(chance)}
 
+    def progress(self, chance: Generator) -> dict[str, Tensor]:
+        """The losses of one batch, the same at all times, and the part by which their sum fell since asked last: where
+        that stays near 0, a run with more `copies` may begin."""
         device = next(self.parameters()).device
-        batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, self.batch(chance, 16))
-        losses = self(batch)
+        losses = self(send_to_device(self.batch(chance, TRIED), device))
         now = torch.stack([*losses.values()]).sum()
         gain = {} if self._before is None else {"gain": 1 - now / self._before}
         self._before = now
-        return {**super().draw(chance), **{f"kept_{name}": value for name, value in losses.items()}, **gain}
+        return {**{f"kept_{name}": value for name, value in losses.items()}, **gain}
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         text, mix = self.inverter.text, self.inverter.hidden_state_layer_weights

@@ -68,10 +68,10 @@ def text_model(text: Any, tensors: Mapping[str, Tensor] | None = None) -> TextMo
 
 def tensors_of(model: TextModel, prefix: str) -> dict[str, Tensor]:
     """A trained text model as its file has it: with the table of all words, or of those that there are."""
-    known = model.embeddings["token_embedding"].known
+    table: Any = model.embeddings["token_embedding"]
     tensors = {f"{prefix}{key}": value.half().contiguous() for key, value in model.state_dict().items()}
-    tensors[prefix.removesuffix(ENCODER) + vocabulary.KNOWN] = torch.tensor(known)
-    return vocabulary.whole(tensors) if len(known) == vocabulary.TOKENS else tensors
+    tensors[prefix.removesuffix(ENCODER) + vocabulary.KNOWN] = torch.tensor(table.known)
+    return vocabulary.whole(tensors) if len(table.known) == vocabulary.TOKENS else tensors
 
 
 def base_of(model: TextModel) -> str:
