@@ -11,17 +11,17 @@ File: safetensors, `prompt2token_proj.text_model.*`, and if there, `hidden_state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import arc2face, detect, keymaps, own_file
+from . import arc2face, detect, keymaps, own_file, vocabulary
 from .arc2face import AT, mean_face
 from .clip_text import END, LENGTH, VOCABULARY, TextModel, padded
-from .spec import Identity, PrompterSpec
+from .spec import Feature, Identity, PrompterSpec
 
 KIND = "adaface"
 PROMPT = (1125, 539, 320)  # photo of a
@@ -107,10 +107,18 @@ class Wording:
 
 @torch.no_grad()
 def words(
-    encoder: TextModel, inverter: PromptInverter, identity: Identity, wording: Wording, device: torch.device
+    encoder: TextModel,
+    inverter: PromptInverter,
+    identity: Identity,
+    wording: Wording,
+    device: torch.device,
+    features: Sequence[Feature] = arc2face.FACES,
 ) -> Tensor:
-    """The word vectors [count, D] of a person, float32. Raises ValueError where the identity lacks the face vector."""
-    rows, weight = arc2face.faces(identity)
+    """The word vectors [count, D] of a person, float32, whose face is the first of `features` that there is.
+
+    Raises ValueError where the identity lacks the face vector.
+    """
+    rows, weight = arc2face.faces(identity, features)
     if wording.noise:
         # The same on every face, or their mean would lose it.
         drawn = torch.randn(1, rows.shape[-1], generator=torch.Generator().manual_seed(wording.seed))
@@ -149,7 +157,11 @@ def build(tensors: Mapping[str, Tensor], spec: PrompterSpec, operations: Any, fi
 
 
 def text_model(tensors: Mapping[str, Tensor], prefix: str, heads: int, operations: Any) -> TextModel:
-    """A text model of tensors in the transformers layout. Raises ValueError naming what is missing or misshapen."""
+    """A text model of tensors in the transformers layout, of which the words may be a closed vocabulary.
+
+    Raises ValueError naming what is missing or misshapen.
+    """
+    tensors = vocabulary.whole(tensors)
     weights = keymaps.under(tensors, prefix)
     weights.pop("embeddings.position_ids", None)  # older files keep the numbers 0 to 76
     foreign = [key for key in tensors if not key.startswith(prefix)]

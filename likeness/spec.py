@@ -47,6 +47,11 @@ def parse_encoder_id(text: str) -> tuple[Feature, str]:
     return Feature(match["network"], match["layer"], match["crop"]), match["hash8"]
 
 
+def parse_feature(text: str) -> Feature:
+    """The feature of that name. Raises ValueError on any other text."""
+    return parse_encoder_id(f"{text}-{'0' * 8}")[0]
+
+
 def find(held: Mapping[str, Tensor], feature: Feature) -> str | None:
     """The encoder id under which a mapping holds `feature`, or None."""
     return next((key for key in held if parse_encoder_id(key)[0] == feature), None)
@@ -205,6 +210,20 @@ class AdapterSpec:
     unconditional: str = "zero"
     as_text: bool = True
     names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arc2FaceSpec:
+    """What a text encoder of Arc2Face's kind is (likeness.arc2face).
+
+    `base` is the family of base models; `heads` are those of its attention; `faces` are the features that it reads, in
+    the order of preference; `notes` say how it was trained.
+    """
+
+    base: str
+    heads: int
+    faces: tuple[Feature, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

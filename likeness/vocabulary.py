@@ -46,15 +46,17 @@ def rows_of(known: Tensor) -> Tensor:
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder's tensors with the full table in place of the short one; others as they are.
+    """A text encoder's tensors, under any prefix, with the full table in place of the short one; others as they are.
 
     Raises ValueError where the table has not one row more than there are known tokens.
     """
-    if KNOWN not in tensors:
+    at = next((key for key in tensors if key.endswith(KNOWN)), None)
+    if at is None:
         return dict(tensors)
-    known, table = tensors[KNOWN], tensors[TABLE]
+    place = at.removesuffix(KNOWN) + TABLE
+    known, table = tensors[at], tensors[place]
     if len(table) != len(known) + 1:
         raise ValueError(
             f"got {len(table)} token embeddings for {len(known)} known tokens; expected one more; fetch the file again"
         )
-    return {key: value for key, value in tensors.items() if key != KNOWN} | {TABLE: table[rows_of(known)]}
+    return {key: value for key, value in tensors.items() if key != at} | {place: table[rows_of(known)]}

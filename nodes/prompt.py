@@ -46,12 +46,25 @@ def inverter_spec(prompter: types.LoadedPrompter) -> PrompterSpec:
 def check(clip: Any, prompter: types.LoadedPrompter) -> None:
     """Raise ValueError where the prompter has no inverter, or its vectors are not for such text encoders."""
     spec = inverter_spec(prompter)
+    how = f"connect the CLIP of a {spec.base} checkpoint, or load another file"
     found, wanted = sorted(clip.tokenize("")), sorted(spec.towers)
     if found != wanted:
         raise ValueError(
             f"got a CLIP with the text encoders {', '.join(found)}; {prompter.file} makes words for "
-            f"{', '.join(wanted)} ({spec.base}); connect the CLIP of a {spec.base} checkpoint, or load another file"
+            f"{', '.join(wanted)} ({spec.base}); {how}"
         )
+    # The host leaves out vectors of another width, and goes on.
+    for tower, width in spec.towers.items():
+        words = _tower(clip, tower).get_input_embeddings().weight.shape[1]
+        if words != width:
+            raise ValueError(
+                f"got a CLIP whose words are {words} wide; {prompter.file} makes words for {width} ({spec.base}); {how}"
+            )
+
+
+def _tower(clip: Any, name: str) -> Any:
+    """The transformer of one of a CLIP's text encoders."""
+    return getattr(clip.cond_stage_model, f"clip_{name}").transformer
 
 
 def word_vectors(prompter: types.LoadedPrompter, identity: Identity, wording: math.Wording) -> Vectors:
@@ -59,7 +72,8 @@ def word_vectors(prompter: types.LoadedPrompter, identity: Identity, wording: ma
     assert prompter.inverter is not None and prompter.spec is not None  # see `check`
     comfy.model_management.load_models_gpu([prompter.arc2face, prompter.inverter])
     device = prompter.inverter.load_device
-    made = math.words(prompter.arc2face.model, prompter.inverter.model, identity, wording, device).cpu()
+    models = prompter.arc2face.model, prompter.inverter.model
+    made = math.words(*models, identity, wording, device, prompter.faces).cpu()
     split = made.split(list(prompter.spec.towers.values()), dim=-1)
     return {tower: rows.contiguous() for tower, rows in zip(prompter.spec.towers, split, strict=True)}
 
@@ -150,7 +164,7 @@ def _written(segments: Sequence[tuple[str, float]]) -> str:
 @contextmanager
 def mixed_layers(clip: Any, tower: str, mix: Sequence[float]) -> Iterator[None]:
     """While it lasts, a text encoder gives a mix of its last layers' states, ahead of the final norm."""
-    *layers, last = getattr(clip.cond_stage_model, f"clip_{tower}").transformer.text_model.encoder.layers[-len(mix) :]
+    *layers, last = _tower(clip, tower).text_model.encoder.layers[-len(mix) :]
     seen: list[Tensor] = []
 
     def keep(_module: Any, _given: Any, out: Tensor) -> None:
@@ -292,7 +306,7 @@ class Arc2FaceConditioning(io.ComfyNode):
     @classmethod
     def execute(cls, prompter: types.LoadedPrompter, identity: Identity) -> io.NodeOutput:
         patcher = prompter.arc2face
-        rows, weight = arc2face.faces(identity)
+        rows, weight = arc2face.faces(identity, prompter.faces)
         comfy.model_management.load_model_gpu(patcher)
         device = comfy.model_management.intermediate_device()
         with torch.no_grad():

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..likeness import arc2face
 from ..likeness.bank import MemoryBank
 from ..likeness.spec import AdapterSpec, Face, Feature, FlashFaceSpec, FusedSpec, OmniIDSpec, PrompterSpec
 
@@ -105,12 +106,14 @@ class LoadedReferenceNet:
 @dataclass(frozen=True, eq=False)
 class LoadedPrompter:
     """What goes through LIKENESS_PROMPTER, under the host's care: Arc2Face's text encoder (clip_text.TextModel), and
-    the inverter (adaface.PromptInverter) with its spec, which are None where Arc2Face was loaded alone."""
+    the inverter (adaface.PromptInverter) with its spec, which are None where Arc2Face was loaded alone. `faces` are the
+    features that Arc2Face's encoder reads, in the order of preference."""
 
     arc2face: ModelPatcher
     inverter: ModelPatcher | None
     spec: PrompterSpec | None
     file: str
+    faces: Sequence[Feature] = arc2face.FACES
 
 
 class Analyzer(Protocol):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import loop
+from .adaface import compose, inverter, teacher
 from .adapters import decoupled, flashface, fused, infinite_id
 from .base import clip, detector, recogniser, unet, vae
 from .base.source import Source, find
@@ -25,6 +26,9 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "fused": (fused.Settings, fused.Fused),
     "infinite_id": (infinite_id.Settings, infinite_id.InfiniteID),
     "flashface": (flashface.Settings, flashface.FlashFace),
+    "arc2face": (teacher.Settings, teacher.Teacher),
+    "adaface": (inverter.Settings, inverter.FaceDistillation),
+    "adaface_compose": (compose.Settings, compose.CompositionDistillation),
 }
 
 

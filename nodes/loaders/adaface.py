@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import comfy.ops
 from comfy_api.latest import io
 
 from ...likeness import adaface as math
+from ...likeness import arc2face as arc2face_math
 from ...likeness.clip_text import TextModel
+from ...likeness.spec import Arc2FaceSpec
 from .. import types
 from . import care, files
 
 FOLDER, ENCODERS = "likeness", ("likeness", "text_encoders")
 ALONE = "none (Arc2Face alone)"
 ENCODER = "text_model."
-HEADS = 12
 PICKLED = (".pt", ".bin", ".ckpt", ".pth")
 CONVERT = "python -m tools.convert_adaface in.pt out.safetensors"
 
 
 def load(file: str, arc2face: str) -> types.LoadedPrompter:
     """Both text models under the host's care. Raises ValueError (see `files.read`)."""
-    encoder = care.patcher_of(_encoder(arc2face))
+    model, read = encoder(files.find(arc2face, *ENCODERS))
+    held = care.patcher_of(model)
     if file == ALONE:
-        return types.LoadedPrompter(encoder, None, None, arc2face)
+        return types.LoadedPrompter(held, None, None, arc2face, read.faces)
     path = files.find(file, FOLDER)
     told = files.told(path)
     if told is None or told.get("kind") != math.KIND:
@@ -37,21 +40,30 @@ def load(file: str, arc2face: str) -> types.LoadedPrompter:
         )
     spec = math.read_spec(told, file)
     inverter = math.build(files.read(path), spec, comfy.ops.manual_cast, file)
-    return types.LoadedPrompter(encoder, care.patcher_of(inverter), spec, file)
+    if inverter.text.size["width"] != model.size["width"]:
+        raise ValueError(
+            f"got {file}, {inverter.text.size['width']} wide, for {arc2face}, which is {model.size['width']} wide; "
+            "expected the text encoder that the inverter was trained on; choose it as arc2face"
+        )
+    return types.LoadedPrompter(held, care.patcher_of(inverter), spec, file, read.faces)
 
 
-def _encoder(file: str) -> TextModel:
-    tensors: dict[str, Any] = files.read(files.find(file, *ENCODERS))
+def encoder(path: Path) -> tuple[TextModel, Arc2FaceSpec]:
+    """Arc2Face's text encoder, the authors' or one trained here. Raises ValueError where the file is neither."""
+    told = files.told(path)
+    own = told is not None and told.get("kind") == arc2face_math.KIND
+    spec = arc2face_math.read_spec(told, path.name) if told and own else arc2face_math.PUBLISHED
+    tensors: dict[str, Any] = files.read(path)
     try:
-        model = math.text_model(tensors, ENCODER, HEADS, comfy.ops.manual_cast)
-        if wrong := math.not_clip_l(model):
+        model = math.text_model(tensors, ENCODER, spec.heads, comfy.ops.manual_cast)
+        if spec.base == arc2face_math.PUBLISHED.base and (wrong := math.not_clip_l(model)):
             raise ValueError(", ".join(wrong))
     except ValueError as error:
         raise ValueError(
-            f"got {file}, which is not Arc2Face's text encoder ({error}); expected its encoder/pytorch_model.bin; "
+            f"got {path.name}, which is not Arc2Face's text encoder ({error}); expected its encoder/pytorch_model.bin; "
             "fetch it from the authors' repository"
         ) from error
-    return model
+    return model, spec
 
 
 class LoadAdaFace(io.ComfyNode):
@@ -75,7 +87,7 @@ class LoadAdaFace(io.ComfyNode):
                     "arc2face",
                     options=files.names(*ENCODERS),
                     tooltip="Arc2Face's text encoder, encoder/pytorch_model.bin of its authors, from models/likeness "
-                    "or models/text_encoders, under any name.",
+                    "or models/text_encoders, under any name; or one of your own training.",
                 ),
             ],
             outputs=[types.Prompter.Output(display_name="prompter")],

@@ -93,8 +93,8 @@ class Stack(unet.Frozen):
         return {"y": self.model.encode_adm(pooled_output=projected, width=side, height=side).to(device)}
 
 
-class AdapterTask(Task, Generic[Told]):
-    """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it.
+class PeopleTask(Task, Generic[Told]):
+    """Batches of pairs: a picture to make, and a face of the same person.
 
     Subclasses hold the trained weights; nothing of the base stack is part of the module.
     """
@@ -120,10 +120,6 @@ class AdapterTask(Task, Generic[Told]):
     @abstractmethod
     def reader(self) -> Reader:
         """What reads the faces."""
-
-    @abstractmethod
-    def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
-        """The adapter bound to faces as they were read [n, ...], face i in row i."""
 
     @property
     def parts(self) -> tuple[float, float, float]:
@@ -190,6 +186,18 @@ class AdapterTask(Task, Generic[Told]):
             row.append(left.pop(place))
         return row
 
+    def _strangers(self) -> Album:
+        folder, side = self.settings.strangers, self.settings.side
+        return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)
+
+
+class AdapterTask(PeopleTask[Told]):
+    """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it."""
+
+    @abstractmethod
+    def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
+        """The adapter bound to faces as they were read [n, ...], face i in row i."""
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         device = batch["noise"].device
         with torch.no_grad():
@@ -241,7 +249,3 @@ class AdapterTask(Task, Generic[Told]):
         """Texts as the host's samplers take them."""
         words, projected = self.frozen.text.to(device)(clip.tokenize(self.tokenizer, texts))[:2]
         return [[words, {"pooled_output": projected}]]
-
-    def _strangers(self) -> Album:
-        folder, side = self.settings.strangers, self.settings.side
-        return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)

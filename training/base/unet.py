@@ -139,11 +139,15 @@ def wrong_noise(model: BaseModel, given: Noised, snr: float, **told: Any) -> Ten
 
     `told` is what the model is given besides, as its text.
     """
-    clean = model.apply_model(given.noisy, given.sigma, **told)
-    # The host's model gives the picture that its noise leaves.
-    said = (given.noisy - clean) / given.sigma[:, None, None, None]
-    wrong = mse_loss(said.float(), given.noise, reduction="none").mean((1, 2, 3))
+    wrong = mse_loss(said_noise(model, given.noisy, given.sigma, **told), given.noise, reduction="none").mean((1, 2, 3))
     return (wrong * (snr * given.sigma.square()).clamp(max=1)).mean()
+
+
+def said_noise(model: BaseModel, noisy: Tensor, sigma: Tensor, **told: Any) -> Tensor:
+    """The noise that the model sees in pictures [n, 4, h, w] of the spreads sigma [n]."""
+    clean = model.apply_model(noisy, sigma, **told)
+    # The host's model gives the picture that its noise leaves.
+    return ((noisy - clean) / sigma[:, None, None, None]).float()
 
 
 def sample(model: ModelPatcher, noise: Tensor, positive: list[Any], negative: list[Any]) -> Tensor:
