@@ -31,7 +31,7 @@ def delta(single: Tensor, composed: Tensor, class_single: Tensor, class_composed
     )
     # Ones in place of the others: their gradients must be 0, and not 0 times infinity.
     wrong = 1 - cosine_similarity(subject.where(told[..., None], 1), other.where(told[..., None], 1), dim=-1)
-    return wrong.sum() / told.sum().clamp(min=1)
+    return (wrong * told).sum() / told.sum().clamp(min=1)
 
 
 def attention_maps(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
