@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stacks
 import torch
 from analyzers import folder as folder
 from comfyui_likeness.likeness import omni_id
 from comfyui_likeness.nodes import encode
+from comfyui_likeness.nodes.loaders import adapter
 from comfyui_likeness.nodes.loaders import omni_id as loader
 from comfyui_likeness.training import data
+from comfyui_likeness.training.adapters import readers
+from comfyui_likeness.training.base import clip
 from comfyui_likeness.training.base.portraits import Shards
-from comfyui_likeness.training.omni_id import encoder, masked, views
+from comfyui_likeness.training.omni_id import encoder, flow, masked, views
 from comfyui_likeness.training.task import chance
+from safetensors.torch import load_file
 from stacks import taken, trained
 from torch import Tensor
 from trainings import DISCS, fit, values
@@ -23,6 +28,11 @@ from trainings import DISCS, fit, values
 EACH = 4
 SIZES: dict[str, Any] = {"features": 64, "patch": 28, "layers": 2, "tokens": 6, "width": 32, "heads": 2, "inner": 32}
 TOLD = masked.Settings(**SIZES, each=EACH, targets=EACH, cell=28, crosses=2, selves=1, mask=0.8)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stacks.make(tmp_path_factory.mktemp("stack"))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,7 @@ def test_the_decoder_sees_what_is_not_hidden_and_paints_inside_the_face(faces: S
 
     def made(targets: Tensor, seen: Tensor = batch["seen"]) -> Tensor:
         with torch.no_grad():
-            return task._reconstruct(seen, targets, hidden)
+            return masked.reconstruct(task.encoder, task.decoder, seen, targets, hidden)
 
     before = made(targets)
     assert torch.equal(made(torch.where(cells[..., None], 255 - targets, targets)), before)
@@ -128,13 +138,24 @@ def test_a_row_of_targets_is_its_persons(faces: Shards) -> None:
     """All targets of a person share one l, and no person's are painted of another's."""
     task = masked.Masked(TOLD, faces, 1)
     batch = task.batch(chance(1), 2)
-    with torch.no_grad():
-        both = task._reconstruct(*(batch[name] for name in ("seen", "targets", "hidden")))
-        alone = task._reconstruct(*(batch[name][1:, :4] for name in ("seen", "targets", "hidden")))
-        swapped = task._reconstruct(batch["seen"].flip(0), batch["targets"], batch["hidden"])
-        one = task._reconstruct(batch["seen"], batch["targets"][:, 2:3], batch["hidden"][:, 2:3])
+    seen, targets, hidden = (batch[name] for name in ("seen", "targets", "hidden"))
+
+    def made(*given: Tensor) -> Tensor:
+        with torch.no_grad():
+            return masked.reconstruct(task.encoder, task.decoder, *given)
+
+    both, alone = made(seen, targets, hidden), made(seen[1:], targets[1:], hidden[1:])
+    swapped, one = made(seen.flip(0), targets, hidden), made(seen, targets[:, 2:3], hidden[:, 2:3])
     assert torch.allclose(both[1:], alone, atol=1e-5) and torch.allclose(both[:, 2:3], one, atol=1e-5)
     assert not torch.allclose(swapped, both, atol=1e-4)
+
+
+def test_less_memory_makes_no_other_gradient(faces: Shards) -> None:
+    tasks = [masked.Masked(replace(TOLD, checkpointing=less), faces, 1) for less in (False, True)]
+    for task in tasks:
+        task(task.batch(chance(2), 2))["masked"].backward()
+    one, other = (trained(task) for task in tasks)
+    assert all(torch.allclose(value.grad, other[name].grad, atol=1e-7) for name, value in one.items())
 
 
 def test_faces_of_a_pool_are_cut_once(faces: Shards) -> None:
@@ -165,7 +186,71 @@ def test_the_trunk_may_be_that_of_a_checkpoint(tmp_path: Path) -> None:
         encoder.fresh(replace(small, trunk=str(tmp_path / "none")), 7)
 
 
-def test_what_cannot_be_trained_is_said(faces: Shards, tmp_path: Path) -> None:
+def flowing(stack: Path, **told: Any) -> flow.Flow:
+    task = stacks.task("flow", stack, **told)
+    assert isinstance(task, flow.Flow)
+    return task
+
+
+def test_the_encoder_learns_through_the_frozen_generator(stack: Path, folder: Path, tmp_path: Path) -> None:
+    made: list[flow.Flow] = []
+
+    def make() -> flow.Flow:
+        made.append(flowing(stack, pool=10))
+        return made[0]
+
+    fit(make, tmp_path, steps=8, batch=2, rate=3e-3, warmup=0, draw_every=8, ema=0.0)
+    (task,), new = made, flowing(stack, pool=10)
+    batch = new.batch(chance(9), 3)
+    with torch.no_grad():
+        after, before = (float(one(batch)["noise"]) for one in (task, new))
+    assert after < 0.99 * before
+    own, first = trained(task), trained(new)
+    assert {name.partition(".")[0] for name in first} == {"adapter", "trained"}
+    assert [name for name, value in first.items() if torch.equal(own[name], value)] == []
+    kept, now = new.frozen.model.state_dict(), task.frozen.model.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in kept.items())
+    assert len(list((tmp_path / "drawn").glob("pictures-*.png"))) == 1
+    task.save(folder / "likeness", {"steps": 8})
+    assert not torch.equal(
+        load_file(folder / "likeness" / encoder.FILE)["queries"], load_file(stack / encoder.FILE)["queries"]
+    )
+    _, report = adapter.load("made.safetensors")
+    assert "Omni-ID for SD1.5, 6 tokens per identity, 16 layers" in report
+    assert "The negative prompt sees no tokens" in report
+
+
+def test_all_pictures_of_a_person_are_made_of_the_same_tokens(stack: Path) -> None:
+    pooled, whole = flowing(stack, pool=10), flowing(stack)
+    batch, other = pooled.batch(chance(1), 2), whole.batch(chance(1), 2)
+    assert len(batch["noise"]) == 6 and not batch["faceless"].any()
+    text = clip.tokenize(pooled.tokenizer, ["photo of a person"])[0]
+    assert batch["tokens"] == [text] * 6 == other["tokens"]
+    tokens = pooled.faces(batch)
+    assert tokens.requires_grad and torch.equal(batch["cuts"], other["cuts"].float())
+    assert all(torch.equal(tokens[0], row) for row in tokens[:3])
+    assert not torch.allclose(tokens[3], tokens[0], atol=1e-4) and torch.equal(tokens[3], tokens[5])
+    losses = [float(task(given)["noise"].detach()) for task, given in ((pooled, batch), (whole, other))]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_photos_of_one_person_are_read_as_one(stack: Path) -> None:
+    task = stacks.task("omni", stack, pool=10)
+    rows = {len(batch["read"]) // 4 for batch in (task.batch(chance(seed), 4) for seed in range(8))}
+    assert rows == {1, 2}
+    batch = task.batch(chance(3), 4)
+    tokens, reader = task.faces(batch), task.reader
+    assert isinstance(reader, readers.Omni) and tokens.shape == (4, 6, 32)
+    each = len(batch["read"]) // 4
+    present = [row for row in range(4) if not batch["faceless"][row]]
+    for row in present:
+        states = batch["read"][row * each : (row + 1) * each]
+        assert torch.allclose(tokens[row], reader.joined(states, 1)[0], atol=1e-5)
+    nobody = task.faces({**batch, "faceless": torch.ones(4, dtype=torch.bool)})
+    assert not nobody.any() and present
+
+
+def test_what_cannot_be_trained_is_said(faces: Shards, stack: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a folder of shards.*--apart 15 --each 4"):
         masked.Masked(TOLD, DISCS, 0)
     with pytest.raises(ValueError, match="got nobody with 5 of the first 12 pictures"):
@@ -174,5 +259,11 @@ def test_what_cannot_be_trained_is_said(faces: Shards, tmp_path: Path) -> None:
         replace(TOLD, most=5)
     with pytest.raises(ValueError, match="cells that fill 112 pixels"):
         replace(TOLD, cell=15)
+    with pytest.raises(
+        ValueError, match=r"got photos = 3 with reads = 'image' in .task.; expected 1, or more that omni"
+    ):
+        replace(stacks.task("image", stack).settings, photos=3)
+    with pytest.raises(ValueError, match="expected omni, whose encoder is trained"):
+        replace(stacks.task("flow", stack).settings, reads="image")
     with pytest.raises(ValueError, match="train omni_masked first"):
         encoder.load(tmp_path / "none")

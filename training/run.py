@@ -36,7 +36,7 @@ def bring() -> None:
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("what", help="vae, clip, unet, recogniser, decoupled or fused")
+    parser.add_argument("what", help="vae, clip, unet, recogniser, decoupled, fused, omni_masked or omni_flow")
     parser.add_argument("--config", type=Path, required=True, help="a TOML file, as in training/configs")
     parser.add_argument("--folder", help="where the run lives, instead of the config's; it continues what is there")
     return parser.parse_args(words)

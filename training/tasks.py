@@ -12,7 +12,7 @@ from .adapters import decoupled, fused
 from .base import clip, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
-from .omni_id import masked
+from .omni_id import flow, masked
 from .task import Task
 
 # name -> its settings, and what makes it of these, the data and the seed
@@ -24,6 +24,7 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "decoupled": (decoupled.Settings, decoupled.Decoupled),
     "fused": (fused.Settings, fused.Fused),
     "omni_masked": (masked.Settings, masked.Masked),
+    "omni_flow": (flow.Settings, flow.Flow),
 }
 
 

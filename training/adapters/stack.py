@@ -137,9 +137,10 @@ class AdapterTask(Task, Generic[Told]):
 
     def batch(self, chance: Generator, size: int) -> Batch:
         latent = self.settings.side // 8
+        faces = self.count(chance)
         turns = zip(some(chance, size, len(self.clusters)), some(chance, size), some(chance, size), strict=True)
-        pairs = [self._pair(self.clusters[who], first, second) for who, first, second in turns]
-        made, seen = zip(*pairs, strict=True)
+        rows = [self._row(self.clusters[who], first, second, faces) for who, first, second in turns]
+        made, seen = [row[0] for row in rows], [number for row in rows for number in row[1:]]
         no_text, no_face, neither = torch.tensor(self.parts).cumsum(0).tolist()
         die = torch.rand(size, generator=chance)
         faceless = (die >= no_text) & (die < neither)
@@ -159,11 +160,20 @@ class AdapterTask(Task, Generic[Told]):
         read = torch.stack([self.frozen.faces[number] for number in seen])
         return {"latents": self.frozen.pool[list(made)].float(), "read": read.float()}
 
-    def _pair(self, numbers: Sequence[int], first: int, second: int) -> tuple[int, int]:
-        """A picture to make and one to read the face from."""
-        here, count = first % len(numbers), len(numbers)
-        there = (here + 1 + second % (count - 1)) % count if self.settings.other else here
-        return numbers[here], numbers[there]
+    def count(self, chance: Generator) -> int:
+        """How many faces each row of a batch is shown."""
+        return 1
+
+    def _row(self, numbers: Sequence[int], first: int, second: int, faces: int) -> list[int]:
+        """A picture to make, and those to read faces from: none twice before all have had their turn."""
+        here = first % len(numbers)
+        others = [*numbers[here + 1 :], *numbers[:here]] if self.settings.other else [numbers[here]]
+        row, left = [numbers[here]], list[int]()
+        for _ in range(faces):
+            left = left or [*others]
+            second, place = divmod(second, len(left))
+            row.append(left.pop(place))
+        return row
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         device = batch["noise"].device
@@ -194,7 +204,8 @@ class AdapterTask(Task, Generic[Told]):
             for texts in ([other.caption for _, other in views], [""])
         ]
         noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
-        patched = attach(held, self.injection(held, self.look([view for view, _ in views]).to(device)))
+        seen = {"read": self.look([view for view, _ in views]).to(device), "faceless": torch.zeros(SHOWN).bool()}
+        patched = attach(held, self.injection(held, self.faces(seen)))
         made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
         photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
         return {"pictures": sheet(photos, made)}

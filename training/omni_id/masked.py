@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.utils.checkpoint import checkpoint
 
 from ...likeness import omni_id
-from ...likeness.omni_id import Block
+from ...likeness.omni_id import Block, OmniID
 from ...likeness.spec import OmniIDSpec
 from ..base.source import Source, sheet
 from ..data import Album, ShardAlbum, WorldAlbum
@@ -134,16 +134,8 @@ class Masked(Task):
         return torch.rand(people, each, cells, generator=chance).argsort(-1) >= shown
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        made = self._reconstruct(batch["seen"], batch["targets"], batch["hidden"])
+        made = reconstruct(self.encoder, self.decoder, batch["seen"], batch["targets"], batch["hidden"])
         return {"masked": wrong(made, batch["targets"])}
-
-    def _reconstruct(self, seen: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
-        """Pictures [B, n, 3, S, S] in parts of white of faces [B, m, S, S, 3] and [B, n, S, S, 4], uint8."""
-        tokens = encoder.tokens(self.encoder, encoder.states(self.encoder, seen.flatten(0, 1)), len(seen))
-        shown = omni_id.normed(targets[..., :3].flatten(0, 1).to(tokens) / 255).unflatten(0, targets.shape[:2])
-        made = self.decoder(shown, hidden, tokens).float()
-        mean, std = (made.new_tensor(values)[:, None, None] for values in (omni_id.MEAN, omni_id.STD))
-        return made * std + mean
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Of strangers a photo that is read, what the decoder sees of another, what it makes of that with 1 and with 3
@@ -154,7 +146,7 @@ class Masked(Task):
         faces = torch.stack([torch.stack(row) for row in cut]).to(device)
         targets = faces[:, most:]
         hidden = self._hidden(chance, *targets.shape[:2]).to(device)
-        made = {n: self._reconstruct(faces[:, :n, ..., :3], targets, hidden) for n in (1, most)}
+        made = {n: reconstruct(self.encoder, self.decoder, faces[:, :n], targets, hidden) for n in (1, most)}
         gone = hidden[:, 0].view(-1, 1, self.decoder.side, self.decoder.side).repeat_interleave(self.decoder.cell, 2)
         left = pictures(targets[:, 0]).masked_fill(gone.repeat_interleave(self.decoder.cell, 3), 0.5)
         rows = (pictures(faces[:, 0]), left, *(one[:, 0] for one in made.values()), pictures(targets[:, 0]))
@@ -168,6 +160,15 @@ class Masked(Task):
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         encoder.save(self.encoder, folder, notes)
+
+
+def reconstruct(module: OmniID, decoder: MaskedDecoder, seen: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+    """Pictures [B, n, 3, S, S], in parts of white, of faces [B, m, S, S, 3 or 4] and [B, n, S, S, 4], uint8."""
+    tokens = encoder.tokens(module, encoder.states(module, seen.flatten(0, 1)), len(seen))
+    shown = omni_id.normed(targets[..., :3].flatten(0, 1).to(tokens) / 255).unflatten(0, targets.shape[:2])
+    made = decoder(shown, hidden, tokens).float()
+    mean, std = (made.new_tensor(values)[:, None, None] for values in (omni_id.MEAN, omni_id.STD))
+    return made * std + mean
 
 
 def pictures(faces: Tensor) -> Tensor:
