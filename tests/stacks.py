@@ -73,7 +73,8 @@ def _fused(noise: str) -> Callable[..., AdapterTask[Any]]:
 
 
 TASKS: Mapping[str, Callable[..., AdapterTask[Any]]] = {
-    "arcface": _arcface, "image": _image, "omni": _omni, "flow": _flow, "clean": _fused("clean"), "match": _fused("match"),
+    "arcface": _arcface, "image": _image, "omni": _omni, "flow": _flow,
+    "clean": _fused("clean"), "match": _fused("match"),
 }  # fmt: skip
 
 
