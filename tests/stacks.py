@@ -16,6 +16,7 @@ from comfyui_likeness.training.adapters import decoupled, fused, infinite_id
 from comfyui_likeness.training.adapters.stack import AdapterTask
 from comfyui_likeness.training.base import clip, recogniser, unet, vae
 from comfyui_likeness.training.base.portraits import Shards
+from comfyui_likeness.training.omni_id import encoder, flow
 from comfyui_likeness.training.task import start
 from torch import Tensor
 from trainings import DISCS
@@ -26,6 +27,8 @@ TOWERS = clip.Settings(width=32, layers=1, heads=2, vision_width=128, vision_lay
 UNET: dict[str, Any] = {"side": SIDE, "channels": 32, "levels": (1, 1, 2, 1), "depth": (1, 1, 1, 0), "heads": 2}
 UNET |= {"checkpointing": True}  # as a large one is trained
 FACES = recogniser.Settings(width=4, depth=4, people=2)
+# A trunk of two heads, and tokens of their own width.
+OMNI = encoder.Sizes(features=128, patch=28, layers=2, tokens=6, width=32, heads=2, inner=32)
 FILES = {"vae": vae.FILE, "text": clip.TEXT, "unet": unet.FILE}
 RECOGNISER = "recogniser.onnx"
 
@@ -35,6 +38,7 @@ def make(folder: Path) -> Path:
     vae.Vae(vae.Settings(side=32), DISCS, 1).save(folder, {})
     clip.ClipPair(TOWERS, DISCS, 2).save(folder, {})
     recogniser.Recogniser(FACES, DISCS, 3).save(folder, {})
+    encoder.save(encoder.fresh(OMNI, 6), folder, {})
     files = {name: str(folder / FILES[name]) for name in ("vae", "text")}
     denoiser = unet.TextToImage(unet.Settings(**UNET, **files), DISCS, 0)
     start(denoiser.model.diffusion_model, 4)  # a fresh one's attentions give 0, and teach nothing
@@ -59,13 +63,23 @@ def _infinite(folder: Path, **told: Any) -> AdapterTask[Any]:
     return infinite_id.InfiniteID(infinite_id.Settings(**own, **told), Shards(folder), 5)
 
 
+def _omni(folder: Path, **told: Any) -> AdapterTask[Any]:
+    own = {"reads": "omni", "encoder": str(folder / encoder.FILE), "photos": 2}
+    return decoupled.Decoupled(decoupled.Settings(**own, **told), Shards(folder), 5)
+
+
+def _flow(folder: Path, **told: Any) -> AdapterTask[Any]:
+    own = {"encoder": str(folder / encoder.FILE), "each": 3, "most": 2, "targets": 3}
+    return flow.Flow(flow.Settings(**own, **told), Shards(folder), 5)
+
+
 def _fused(noise: str) -> Callable[..., AdapterTask[Any]]:
     return lambda folder, **told: fused.Fused(fused.Settings(face=SIDE, noise=noise, **told), Shards(folder), 5)
 
 
 TASKS: Mapping[str, Callable[..., AdapterTask[Any]]] = {
-    "arcface": _arcface, "image": _image, "clean": _fused("clean"), "match": _fused("match"),
-    "infinite": _infinite,
+    "arcface": _arcface, "image": _image, "omni": _omni, "flow": _flow,
+    "clean": _fused("clean"), "match": _fused("match"), "infinite": _infinite,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,21 @@ from comfyui_likeness.nodes.attention import decoupled as decoupled_node
 from comfyui_likeness.nodes.attention import fused as fused_node
 from comfyui_likeness.nodes.attention.injection import Injection
 from comfyui_likeness.nodes.attention.patch import attach, directly
-from comfyui_likeness.nodes.loaders import adapter
+from comfyui_likeness.nodes.loaders import adapter, omni_id
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
 from comfyui_likeness.training.adapters import decoupled, readers
 from comfyui_likeness.training.adapters.stack import AdapterTask
 from comfyui_likeness.training.base import clip, unet
 from comfyui_likeness.training.base.portraits import Shards
 from comfyui_likeness.training.data import View
+from comfyui_likeness.training.omni_id import encoder
 from comfyui_likeness.training.task import chance
 from safetensors.torch import load_file
 from torch import Tensor
 from trainings import DISCS, fit
 
 CPU = torch.device("cpu")
-KINDS = ["arcface", "image", "clean", "match"]  # which are trained just as the nodes apply them
+KINDS = ["arcface", "image", "omni", "clean", "match"]  # which are trained just as the nodes apply them
 APPLY: dict[str, Any] = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
 
 
@@ -80,9 +82,15 @@ def test_the_adapter_learns_and_nothing_else(stack: Path, tmp_path: Path, kind: 
     assert not any(value.requires_grad for value in task.frozen.model.parameters())
 
 
+@torch.no_grad()
+def looked(task: AdapterTask[Any], *views: View) -> Tensor:
+    """What an adapter is bound to of one picture a row."""
+    return task.faces({"read": task.look(views), "faceless": torch.zeros(len(views), dtype=torch.bool)})
+
+
 def identity(task: AdapterTask[Any], view: View) -> Identity:
     """Whom Encode Identity makes of a picture, with this task's encoder."""
-    one, encoder = stacks.taken(view), None
+    one = stacks.taken(view)
     heads = stacks.crop(view)[None]
     whole = Identity("x", torch.zeros(1, 4), torch.zeros(1, 5, 2), torch.ones(1), torch.ones(1), heads)
     reader = task.reader
@@ -94,9 +102,12 @@ def identity(task: AdapterTask[Any], view: View) -> Identity:
         vectors, hashes = encode.arcface([one], analyzer)
         return replace(whole, embeddings=vectors, hashes=hashes)
     if isinstance(reader, readers.Vision):
-        encoder = encode.HostEncoder(readers.load_vision(Path(task.settings.encoder)))
-        features = encode.image_features([one], heads, encoder, True)
+        tower = encode.HostEncoder(readers.load_vision(Path(task.settings.encoder)))
+        features = encode.image_features([one], heads, tower, True)
         return replace(whole, embeddings=features.embeddings, zeros=features.zeros, hashes=features.hashes)
+    if isinstance(reader, readers.Omni):
+        together, hashes = encode.joint([one], omni_id.load(Path(task.settings.encoder).name))
+        return replace(whole, joint=together, hashes=hashes)
     return whole
 
 
@@ -115,11 +126,11 @@ def by_node(task: AdapterTask[Any], model: ModelPatcher, file: str, who: Identit
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_runs_as_it_was_trained(stack: Path, folder: Path, kind: str) -> None:
     task = stacks.task(kind, stack)
+    shutil.copy(stack / encoder.FILE, folder / "likeness")
     place = folder / ("ipadapter" if kind in ("arcface", "image") else "likeness")
     task.save(place, {"steps": 2})
     view = task.source.view(4)
-    with torch.no_grad():
-        read = task.look([view])
+    read = looked(task, view)
     model = ModelPatcher(unet.load(stack / unet.FILE), CPU, CPU)
     text, sigma = words(task, 1), task.frozen.model.model_sampling.sigma(torch.tensor([400]))
     expected = said(attach(task.frozen.unet.on(CPU), task.injection(task.frozen.unet.on(CPU), read)), sigma, text)
@@ -145,8 +156,7 @@ def alone(task: AdapterTask[Any], read: Tensor) -> Injection:
 def test_each_row_sees_its_own_face_at_its_own_noise(stack: Path, kind: str) -> None:
     task = stacks.task(kind, stack)
     held = task.frozen.unet.on(CPU)
-    with torch.no_grad():
-        read = task.look([task.source.view(number) for number in (0, 1, 2)])
+    read = looked(task, *(task.source.view(number) for number in (0, 1, 2)))
     sigma = task.frozen.model.model_sampling.sigma(torch.tensor([50, 500, 900]))
     text = words(task, 3)
     together = said(attach(held, task.injection(held, read)), sigma, text)
@@ -163,7 +173,7 @@ def test_each_row_sees_its_own_face_at_its_own_noise(stack: Path, kind: str) -> 
     assert not torch.allclose(turned[0], together[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["arcface", "image", "clean"])
+@pytest.mark.parametrize("kind", ["arcface", "image", "omni", "clean"])
 def test_a_pool_is_read_once_and_trains_alike(stack: Path, kind: str) -> None:
     pooled, whole = stacks.task(kind, stack, pool=10), stacks.task(kind, stack)
     batch, other = pooled.batch(chance(1), 6), whole.batch(chance(1), 6)
@@ -247,7 +257,7 @@ def test_what_cannot_be_trained_is_said(stack: Path, tmp_path: Path) -> None:
         decoupled.Decoupled(stacks.task("arcface", stack).settings, DISCS, 0)
     with pytest.raises(ValueError, match="got nobody with two of the first 4 pictures"):
         stacks.task("clean", stack, pool=4)
-    with pytest.raises(ValueError, match=r"got reads = 'voice' in \[task\]; expected arcface or image"):
+    with pytest.raises(ValueError, match=r"got reads = 'voice' in \[task\]; expected arcface or image or omni"):
         replace(stacks.task("arcface", stack).settings, reads="voice")
     with pytest.raises(ValueError, match=r"got noise = 'loud' in \[task\]; expected match or clean"):
         replace(stacks.task("clean", stack).settings, noise="loud")

@@ -66,6 +66,13 @@ def test_portrait_world_as_shards_is_painted_once(tmp_path):
         assert torch.equal(view.others, drawn.others) and len(view.others) == of.figures - 1
         assert (view.picture.int() - drawn.picture.int()).abs().float().mean() < 4
     assert "two" in pair.caption and "two" not in alone.caption
+    options = (["--apart", "15", "--pairs", "0"], tmp_path / "views")
+    subprocess.run([*map(str, words[:3]), str(options[1]), *map(str, words[4:]), *options[0]], cwd=ROOT, check=True)
+    views = ShardAlbum((tmp_path / "views").glob("*.tar"), side=32)
+    told = WorldAlbum("train", 32, apart=15.0)
+    assert len(views) == 2 and [views.view(1, n).caption for n in range(3)] == [
+        told.view(1, n).caption for n in range(3)
+    ]
     files[0].unlink()
     subprocess.run([*map(str, words)], cwd=ROOT, check=True)
     again = [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.tar"))]
@@ -153,6 +160,27 @@ def test_splits_share_nobody():
     assert len(set.union(*looks)) == 150
     said = [tuple(WorldAlbum(split, 16).view(0, n).caption for n in range(8)) for split in people.SPLITS]
     assert len(set(said)) == 3  # nor do they share scenes
+
+
+def test_poses_are_as_far_apart_as_told():
+    """Far apart by pose, none left out that would fit, and everything else as it is without."""
+    plain, album = WorldAlbum("train", 32, 6), WorldAlbum("train", 32, 6, 8, apart=15.0)
+    for identity in range(6):
+        scenes = [album.scene(identity, n) for n in range(8)]
+        poses = np.degrees([[s.figures[0].yaw, s.figures[0].pitch, s.figures[0].roll] for s in scenes])
+        between = np.abs(poses[:, None] - poses[None]).sum(-1)[~np.eye(8, dtype=bool)]
+        assert between.min() >= 15 and len({scene.seed for scene in scenes}) == 8
+        rolled = [plain.scene(identity, n) for n in range(60)]
+        places = [rolled.index(scene) for scene in scenes]
+        assert places[0] == 0 and places == sorted(places)
+        for number in set(range(places[-1])) - set(places):
+            taken = [rolled[place] for place in places if place < number]
+            assert min(world.turned(rolled[number].figures[0], one.figures[0]) for one in taken) < 15
+    whole = [plain.scene(2, n) for n in range(60)]
+    place = whole.index(album.scene(2, 7))
+    assert place > 7 and same(album.view(2, 7), plain.view(2, place)) and plain.pictures(2) > album.pictures(2) == 8
+    with pytest.raises(ValueError, match=r"got apart = 170.0 for 2 pictures of train-0000003; expected at most 1"):
+        WorldAlbum("train", 32, apart=170.0).scene(3, 1)
 
 
 def photo(folder: Path, files: dict[str, bytes], name: str = "x.tar") -> Path:

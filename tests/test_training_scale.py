@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import pytest
 import torch
 from comfy import model_base, supported_models
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.likeness import faces, keymaps, own_decoupled, own_flashface
+from comfyui_likeness.likeness import faces, keymaps, omni_adapter, own_decoupled, own_flashface
 from comfyui_likeness.likeness import flashface as flashface_math
 from comfyui_likeness.likeness import fused as fused_math
 from comfyui_likeness.likeness import infinite_id as infinite_math
 from comfyui_likeness.likeness.bank import MemoryBank
-from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedSpec, Identity
+from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedSpec, Identity, OmniIDSpec
 from comfyui_likeness.nodes.attention import decoupled as decoupled_node
 from comfyui_likeness.nodes.attention import fused as fused_node
 from comfyui_likeness.nodes.attention import patch
@@ -33,6 +34,7 @@ from comfyui_likeness.tools import standin_models
 from comfyui_likeness.training import data, loop, tasks
 from comfyui_likeness.training.adapters import decoupled, flashface, infinite_id
 from comfyui_likeness.training.base import clip, recogniser, source, unet, vae
+from comfyui_likeness.training.omni_id import encoder, masked
 from golden import GOLDEN
 from PIL import Image
 from torch import Tensor, nn
@@ -188,6 +190,47 @@ def test_flashface_of_real_scale_has_the_published_shapes_and_takes_a_step(monke
     place = torch.zeros(2, 1, 64, 64, device=META)
     shown = flashface.shown(painter, loaded, read, seen, text)
     adapter_step(painter, shown, net, added, main, c_concat=place)
+
+
+def test_omni_id_of_real_scale_is_the_papers_and_takes_a_step() -> None:
+    run, told = tasks.settings("omni_masked", EIGHT_GPUS / "omni_masked.toml")
+    assert (run.batch, run.rate, told.mask, told.least, told.most, told.targets) == (32, 1e-4, 0.95, 1, 3, 8)
+    assert replace(told.spec, image_size=224) == OmniIDSpec() and told.spec.image_size == 448
+    with META:
+        module = encoder.fresh(replace(told, trunk=""), 0)
+        decoder = masked.MaskedDecoder(told.spec, replace(told, checkpointing=False))
+        seen, targets = (torch.zeros(1, n, 448, 448, 4, dtype=torch.uint8) for n in (3, 2))
+        hidden = torch.zeros(1, 2, 1024, dtype=torch.bool)
+        masked.wrong(masked.reconstruct(module, decoder, seen, targets, hidden), targets).backward()
+    parts = {name: sum(w.numel() for w in part.parameters()) // 10**6 for name, part in module.named_children()}
+    assert parts == {"trunk": 632, "cross": 39, "self": 39, "norm": 0} and len(decoder.cross) == 6 == 3 * len(
+        decoder.self
+    )
+    for part in (module, decoder):
+        assert all((value.grad is not None) == value.requires_grad for value in part.parameters())
+        torch.optim.SGD(loop.groups(part, 0.01), lr=0.1).step()
+
+
+def test_the_adapter_to_omni_id_of_real_scale_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, about = tasks.settings("decoupled", EIGHT_GPUS / "omni_adapter.toml")
+    run, second = tasks.settings("omni_flow", EIGHT_GPUS / "omni_flow.toml")
+    assert (run.batch * 8, run.steps, second.targets, about.photos) == (32, 5000, 8, 3)
+    held, told = sd15(monkeypatch), OmniIDSpec()
+    sites = attention_sites(held.model.diffusion_model)
+    widths = tuple(site.hidden for site in sites)
+    spec = AdapterSpec(omni_adapter.KIND, "SD1.5", told.tokens, 768, widths, (omni_adapter.TOKENS,), as_text=False)
+    with META:
+        module = decoupled.build(about, spec, told.width).requires_grad_(True)
+        rows = torch.zeros(2, told.tokens, told.width, requires_grad=True)
+    two, key = torch.ones(2), omni_adapter.TOKENS.id("0" * 64)
+    who = Identity("batch", two, two, two, two, embeddings={key: rows})
+    spread = decoupled_node.shares(sites, "SD1.5", "linear", "")
+    loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, "omni")
+    injection = decoupled_node.Decoupled(loaded, who, spread, 1.0, "V only", 1.0, True, None, ALWAYS)
+    adapter_step(held, injection, module)
+    assert rows.grad is not None  # and with it the encoder's, in the second stage
+    written = json.loads(omni_adapter.metadata(spec, {})["likeness"])
+    assert omni_adapter.read_spec(module.state_dict(), written, "a file") == spec
 
 
 def step(module: nn.Module, *given: Tensor, **named: Tensor) -> Any:

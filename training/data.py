@@ -72,7 +72,8 @@ class Album(Protocol):
 class WorldAlbum:
     """Portrait World, everyone in scenes of their own: what is behind a face says nothing of whose it is.
 
-    The first `people` of a split, `each` pictures of everyone: alone, or with `figures` of 2 beside somebody else.
+    The first `people` of a split, `each` pictures of everyone: alone, or with `figures` of 2 beside somebody else. Any
+    two of somebody's poses are at least `apart` degrees apart (world.turned), as in MFHQ (2412.09694, Sec. 3.4).
     """
 
     split: str
@@ -80,6 +81,7 @@ class WorldAlbum:
     people: int = PEOPLE
     each: int = PICTURES
     figures: int = 1
+    apart: float = 0.0
 
     def __len__(self) -> int:
         return self.people
@@ -90,10 +92,29 @@ class WorldAlbum:
     def pictures(self, identity: int) -> int:
         return min(self.each, PICTURES)
 
-    def view(self, identity: int, picture: int) -> View:
+    def scene(self, identity: int, picture: int) -> world.Scene:
+        """The scene of one of somebody's pictures. Raises ValueError where so many are not so far apart."""
+        if not self.apart:
+            return self._rolled(identity, picture)
+        taken: list[world.Scene] = []
+        for number in range(PICTURES):
+            one = self._rolled(identity, number)
+            if all(world.turned(one.figures[0], other.figures[0]) >= self.apart for other in taken):
+                taken.append(one)
+            if len(taken) > picture:
+                return one
+        raise ValueError(
+            f"got apart = {self.apart} for {picture + 1} pictures of {self.name(identity)}; "
+            f"expected at most {len(taken)}, as no more are so far apart; lower one of them"
+        )
+
+    def _rolled(self, identity: int, number: int) -> world.Scene:
         # No scene of one split is one of another's.
-        number = (identity * PICTURES + picture) * len(SPLITS) + list(SPLITS).index(self.split)
-        scene = world.scene(number, self.figures)
+        place = (identity * PICTURES + number) * len(SPLITS) + list(SPLITS).index(self.split)
+        return world.scene(place, self.figures)
+
+    def view(self, identity: int, picture: int) -> View:
+        scene = self.scene(identity, picture)
         beside = [world.person(PEOPLE - 1 - identity, self.split)] * (self.figures - 1)
         painted = world.paint([world.person(identity, self.split), *beside], scene, self.side)
         return told(painted, world.caption(scene))

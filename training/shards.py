@@ -18,7 +18,7 @@ PER_SHARD = 250  # people
 def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path, int]]:
     """What there is to write, for write_shard: people alone, then pairs, but for the shards that are there."""
     albums = {
-        "alone": WorldAlbum(given.split, given.side, given.people, given.each),
+        "alone": WorldAlbum(given.split, given.side, given.people, given.each, apart=given.apart),
         "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, figures=2),
     }
     found = []
@@ -37,6 +37,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--split", choices=list(SPLITS), default="train", help="nobody is in two of them")
     parser.add_argument("--people", type=int, default=8000)
     parser.add_argument("--each", type=int, default=6, help="pictures of everyone")
+    parser.add_argument("--apart", type=float, default=0.0, help="degrees of pose between any two of somebody's")
     parser.add_argument("--pairs", type=int, default=7000, help="pictures of two people")
     parser.add_argument("--side", type=int, default=128, help="pixels of a picture")
     given = parser.parse_args(words)

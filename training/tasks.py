@@ -13,6 +13,7 @@ from .adapters import decoupled, flashface, fused, infinite_id
 from .base import clip, detector, recogniser, unet, vae
 from .base.source import Source, find
 from .config import Run, read, tables
+from .omni_id import flow, masked
 from .task import Task
 
 # name -> its settings, and what makes it of these, the data and the seed
@@ -29,6 +30,8 @@ TASKS: Mapping[str, tuple[type[Any], Callable[[Any, Source, int], Task]]] = {
     "arc2face": (teacher.Settings, teacher.Teacher),
     "adaface": (inverter.Settings, inverter.FaceDistillation),
     "adaface_compose": (compose.Settings, compose.CompositionDistillation),
+    "omni_masked": (masked.Settings, masked.Masked),
+    "omni_flow": (flow.Settings, flow.Flow),
 }
 
 

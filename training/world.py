@@ -13,9 +13,11 @@ from PIL import Image
 
 from .portrait.painter import Painted, paint
 from .portrait.people import SPLITS, Person, person
-from .portrait.scenes import WORDS, Figure, Scene, caption, scene
+from .portrait.scenes import WORDS, Figure, Scene, caption, scene, turned
 
-__all__ = ["WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption", "paint", "person", "scene"]
+__all__ = [
+    "WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption", "paint", "person", "scene", "turned",
+]  # fmt: skip
 
 
 def aligned(painted: Painted, index: int, side: int = 112) -> NDArray[np.uint8]:

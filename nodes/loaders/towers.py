@@ -71,10 +71,18 @@ def _count(weights: Weights, prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in weights if key.startswith(prefix)})
 
 
-def open_clip(weights: Weights, file: str, activation: str) -> Tower:
-    """OpenCLIP's own vision transformer. Raises KeyError, ImportError."""
+def transformer(sizes: Sizes, quick: bool) -> nn.Module:
+    """OpenCLIP's own vision transformer, without weights. Raises ImportError."""
     from open_clip.transformer import QuickGELU, VisionTransformer
 
+    return VisionTransformer(
+        sizes.side, sizes.patch, sizes.width, sizes.layers, sizes.heads, sizes.ratio, output_dim=sizes.out,
+        act_layer=QuickGELU if quick else nn.GELU,
+    )  # fmt: skip
+
+
+def open_clip(weights: Weights, file: str, activation: str) -> Tower:
+    """OpenCLIP's own vision transformer. Raises KeyError, ImportError."""
     width, _, patch, _ = weights["conv1.weight"].shape
     sizes = Sizes(
         width,
@@ -85,11 +93,8 @@ def open_clip(weights: Weights, file: str, activation: str) -> Tower:
         weights["proj"].shape[1],
     )
     quick = clip.is_quick(sizes.name(), file) if activation == "auto" else activation == "quick_gelu"
-    act_layer = QuickGELU if quick else nn.GELU
     with torch.device("meta"):
-        module = VisionTransformer(
-            sizes.side, patch, width, sizes.layers, sizes.heads, sizes.ratio, output_dim=sizes.out, act_layer=act_layer
-        )
+        module = transformer(sizes, quick)
     return Tower(sizes.name(), sizes.side, module, weights, _run_open_clip)
 
 

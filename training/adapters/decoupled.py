@@ -14,10 +14,10 @@ import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from ...likeness import keymaps, own_decoupled
-from ...likeness.decoupled import DecoupledAdapter, FaceProjection
+from ...likeness import keymaps, omni_adapter, own_decoupled
+from ...likeness.decoupled import DecoupledAdapter, FaceProjection, OmniProjection
 from ...likeness.resampler import Resampler
 from ...likeness.spec import AdapterSpec, Identity
 from ...nodes.attention import decoupled, unet
@@ -26,7 +26,7 @@ from ...nodes.types import LoadedAdapter
 from ..base.source import Source
 from ..task import Batch, start
 from . import stack
-from .readers import ArcFace, Encoder, Vision
+from .readers import ArcFace, Encoder, Omni, Vision
 
 BASE = "SD1.5"
 OPERATIONS = comfy.ops.disable_weight_init
@@ -34,16 +34,17 @@ OPERATIONS = comfy.ops.disable_weight_init
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(stack.Settings):
-    """It `reads` "arcface", the vectors of the recogniser in the file `encoder`, of the face `pack`; or "image", the
-    states of the vision tower in that file.
+    """It `reads` "arcface", the vectors of the recogniser in the file `encoder`, of the face `pack`; "image", the
+    states of the vision tower in that file; or "omni", an Omni-ID encoder's tokens of 1 to `photos` of a person.
 
-    `no_face` is the part without the face, `neither` that without text and face. `tokens` stand for a face. `inner` is
-    the width inside the projector, `depth` and `heads` are the resampler's.
+    `no_face` is the part without the face, `neither` that without text and face. `tokens` stand for a face, where no
+    encoder makes them. `inner` is the width inside the projector, `depth` and `heads` are the resampler's.
     """
 
     reads: str
     encoder: str
     pack: str = "demo"
+    photos: int = 1
     tokens: int = 4
     inner: int = 1024
     depth: int = 4
@@ -55,6 +56,10 @@ class Settings(stack.Settings):
     def __post_init__(self) -> None:
         if self.reads not in READS:
             raise ValueError(f"got reads = {self.reads!r} in [task]; expected {' or '.join(READS)}")
+        if self.photos < 1 or (self.photos > 1 and READS[self.reads].joined is None):
+            raise ValueError(
+                f"got photos = {self.photos} with reads = {self.reads!r} in [task]; expected 1, or more that omni reads"
+            )
 
 
 def _mlp(settings: Settings, features: int, width: int) -> nn.Module:
@@ -65,18 +70,40 @@ def _resampler(settings: Settings, features: int, width: int) -> nn.Module:
     return Resampler(settings.inner, settings.depth, settings.heads, settings.tokens, features, width, OPERATIONS)
 
 
+def _omni(settings: Settings, features: int, width: int) -> nn.Module:
+    return OmniProjection(features, width, OPERATIONS)
+
+
+Weights = dict[str, Tensor]
+
+
+def _published(spec: AdapterSpec, weights: Weights, notes: Mapping[str, Any]) -> tuple[Weights, dict[str, str]]:
+    return keymaps.rename(weights, own_decoupled.PUBLISHED), own_decoupled.metadata(spec, notes)
+
+
+def _own(spec: AdapterSpec, weights: Weights, notes: Mapping[str, Any]) -> tuple[Weights, dict[str, str]]:
+    return weights, omni_adapter.metadata(spec, notes)
+
+
 @dataclass(frozen=True)
 class Reads:
-    """What an adapter reads faces with, the kind of its file, and its projector of features to the text's width."""
+    """What an adapter reads faces with, the kind of its file, and its projector of features to the text's width.
+
+    `joined` makes one set of tokens of what was read of several photos of each row's person, where the encoder does.
+    `file` makes a file's tensors and metadata of the weights.
+    """
 
     encoder: Callable[[Settings], Encoder]
     kind: str
     projector: Callable[[Settings, int, int], nn.Module]
+    joined: Callable[[Any, Tensor, int], Tensor] | None = None
+    file: Callable[[AdapterSpec, Weights, Mapping[str, Any]], tuple[Weights, dict[str, str]]] = _published
 
 
 READS: Mapping[str, Reads] = {
     "arcface": Reads(lambda settings: ArcFace(Path(settings.encoder), settings.pack), "portrait", _mlp),
     "image": Reads(lambda settings: Vision(Path(settings.encoder)), "plus_face", _resampler),
+    "omni": Reads(lambda settings: Omni(Path(settings.encoder)), omni_adapter.KIND, _omni, Omni.joined, _own),
 }
 
 
@@ -92,7 +119,9 @@ class Decoupled(stack.AdapterTask[Settings]):
         model: Any = self.frozen.model
         sites = unet.sites(model.diffusion_model)
         needs, layers = (self.encoder.feature,), tuple(site.hidden for site in sites)
-        self.spec = AdapterSpec(reads.kind, BASE, settings.tokens, sites[0].context, layers, needs)
+        own = reads.joined is not None
+        tokens = self.zero.shape[1] if own else settings.tokens
+        self.spec = AdapterSpec(reads.kind, BASE, tokens, sites[0].context, layers, needs, as_text=not own)
         made: Any = build(settings, self.spec, self.zero.shape[-1])
         self.adapter, self.held = made, stack.Held(made)
         start(made, seed)
@@ -106,8 +135,13 @@ class Decoupled(stack.AdapterTask[Settings]):
     def parts(self) -> tuple[float, float, float]:
         return self.settings.no_text, self.settings.no_face, self.settings.neither
 
+    def count(self, chance: Generator) -> int:
+        most = self.settings.photos
+        return 1 if most == 1 else 1 + int(torch.randint(most, (), generator=chance))
+
     def faces(self, batch: Batch) -> Tensor:
-        read, missing = batch["read"].clone(), batch["faceless"]
+        joined, missing = READS[self.settings.reads].joined, batch["faceless"]
+        read = batch["read"].clone() if joined is None else joined(self.encoder, batch["read"], len(missing))
         read[missing] = self.zero.to(read)
         return read
 
@@ -126,8 +160,8 @@ class Decoupled(stack.AdapterTask[Settings]):
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         weights = {key: value.half().contiguous() for key, value in self.adapter.state_dict().items()}
-        tensors = keymaps.rename(weights, own_decoupled.PUBLISHED)
-        save_file(tensors, folder / f"{self.settings.file}.safetensors", own_decoupled.metadata(self.spec, notes))
+        tensors, told = READS[self.settings.reads].file(self.spec, weights, notes)
+        save_file(tensors, folder / f"{self.settings.file}.safetensors", told)
 
 
 def build(settings: Settings, spec: AdapterSpec, features: int) -> DecoupledAdapter:

@@ -1,4 +1,4 @@
-"""What reads a face for an adapter, as the pack's nodes do it: a recogniser, a vision tower, or the VAE."""
+"""What reads a face for an adapter, as the pack's nodes do it: a recogniser, a vision tower, Omni-ID's, or the VAE."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from comfy.clip_vision import ClipVisionModel
 from comfy.taesd.taesd import TAESD
 from torch import Tensor
 
-from ...likeness import faces, reference_faces
+from ...likeness import faces, omni_id, reference_faces
 from ...likeness.spec import Face, Feature
 from ...nodes.attention import fused
 from ...nodes.encode import HostEncoder
 from ...nodes.loaders import files, small
 from ..base import latents, recogniser
 from ..data import View
+from ..omni_id import encoder as omni
+from ..omni_id import views
 
 HEAD = "head"  # a crop of spec.CROPS
 
@@ -125,6 +127,30 @@ class Both:
             self.face.feature.id(self.face.hash): vectors,
             self.image.feature.id(self.image.hash): states.unflatten(1, (-1, self.image.width)),
         }
+
+
+class Omni:
+    """What an Omni-ID encoder's trunk sees of the face [n, S', features], as Encode Identity has it seen.
+
+    `joined` makes the tokens [rows, L, C] of it, of as many photos for each row.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.module, self.feature = omni.load(file), omni_id.FEATURE
+        self.hash = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def cut(self, view: View) -> Tensor:
+        return views.face(view, self.module.spec.image_size)[..., :3].contiguous()
+
+    def read(self, cuts: Tensor, device: torch.device) -> Tensor:
+        return omni.states(self.module.to(device), cuts.to(device))
+
+    def joined(self, read: Tensor, rows: int) -> Tensor:
+        return omni.tokens(self.module.to(read.device), read, rows)
+
+    def zero(self) -> Tensor:
+        spec = self.module.spec
+        return torch.zeros(1, spec.tokens, spec.width)
 
 
 class Latents:

@@ -240,7 +240,8 @@ class AdapterTask(PeopleTask[Told]):
         held = self.painter(device)
         prompts = [self._prompt(texts, device) for texts in ([other.caption for _, other in views], [""])]
         noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
-        patched = self.applied(held, self.look([view for view, _ in views]).to(device))
+        seen = {"read": self.look([view for view, _ in views]).to(device), "faceless": torch.zeros(SHOWN).bool()}
+        patched = self.applied(held, self.faces(seen))
         made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
         photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
         return {"pictures": sheet(photos, made)}

@@ -55,7 +55,7 @@ def pool(source: Source, vae: Path, autoencoder: TAESD, side: int, count: int) -
 
 
 def kept(folder: Path, count: int, make: Callable[[range], Tensor]) -> Tensor:
-    """What `make` gives of the first `count` numbers, float16, made once and kept in a folder.
+    """What `make` gives of the first `count` numbers, float16 or whole numbers, made once and kept in a folder.
 
     That is done in pieces, so that what was made before an interruption is there; the last piece goes beyond `count`.
     """
@@ -65,9 +65,9 @@ def kept(folder: Path, count: int, make: Callable[[range], Tensor]) -> Tensor:
         file = folder / f"{first:08d}.safetensors"
         if not file.is_file():
             with torch.no_grad():
-                made = make(range(first, first + PIECE)).half().cpu().contiguous()
+                made = make(range(first, first + PIECE)).cpu().contiguous()
             part = file.with_name(f".part.{os.getpid()}.{file.name}")
-            save_file({"kept": made}, part)
+            save_file({"kept": made.half() if made.is_floating_point() else made}, part)
             os.replace(part, file)
         found += load_file(file).values()  # of one tensor
     return torch.cat(found)[:count]

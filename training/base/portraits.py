@@ -52,6 +52,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.album = album = ShardAlbum(folder.glob("*.tar"), side=None)
         counts = [album.pictures(person) for person in range(len(album))]
         turns = range(max(counts))

@@ -36,7 +36,8 @@ class Settings:
 
     Steps count by their signal-to-noise ratio, but not above `snr` (min-SNR, Hang et al. 2303.09556, Eq. 8).
 
-    With a `pool` it trains on the first so many pictures, whose latents are made once.
+    With a `pool` it trains on the first so many pictures, whose latents are made once. It may `begin` with the file of
+    another run.
     """
 
     vae: str
@@ -51,6 +52,7 @@ class Settings:
     snr: float = 5.0
     pool: int = 0
     checkpointing: bool = False
+    begin: str = ""
 
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.depth):
@@ -73,6 +75,8 @@ class TextToImage(Task):
         self.config = config(settings, width)
         self.model: Any = base_model(self.config)
         start(self.model.diffusion_model, seed, silent=SILENT)
+        if settings.begin:
+            self.model.diffusion_model.load_state_dict(load(Path(settings.begin)).diffusion_model.state_dict())
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, pool = self.settings.side, self.frozen.pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -119,6 +120,11 @@ def _figure(dice: Dice, framing: str, middle: float, people: int) -> Figure:
         clothes=dice.pick(CLOTHES),
         colour=dice.pick(COLOURS),
     )
+
+
+def turned(one: Figure, other: Figure) -> float:
+    """How far apart two poses are: the sum of what yaw, pitch and roll differ by, in degrees (2412.09694, App. A.2)."""
+    return math.degrees(abs(one.yaw - other.yaw) + abs(one.pitch - other.pitch) + abs(one.roll - other.roll))
 
 
 def caption(given: Scene) -> str:
