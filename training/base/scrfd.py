@@ -52,12 +52,19 @@ def conv(ins: int, outs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs), nn.ReLU())
 
 
+def head(width: int) -> nn.Sequential:
+    """What tells everything of one stride. Faces are rare, at first."""
+    layers = nn.Sequential(conv(width, width), nn.Conv2d(width, ANCHORS * sum(KINDS.values()), 3, 1, 1))
+    nn.init.constant_(layers.get_parameter("1.bias")[:ANCHORS], RARE)
+    return layers
+
+
 class Residual(nn.Module):
     """Two convolutions beside the way past them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(width, width), *conv(width, width)[:2])
+        self.body = nn.Sequential(conv(width, width), *list(conv(width, width))[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.body(x)).relu()
@@ -78,11 +85,7 @@ class Scrfd(nn.Module):
             ]
         )
         self.beside = nn.ModuleList([nn.Conv2d(ins, fine, 1) for ins in (fine, wide, wide)])
-        self.heads = nn.ModuleList(
-            [nn.Sequential(conv(fine, fine), nn.Conv2d(fine, ANCHORS * sum(KINDS.values()), 3, 1, 1)) for _ in STRIDES]
-        )
-        for head in self.heads:
-            nn.init.constant_(head[-1].bias[:ANCHORS], RARE)
+        self.heads = nn.ModuleList([head(fine) for _ in STRIDES])
 
     def forward(self, pictures: Tensor) -> Found:
         x, seen = self.stem(pictures), []
