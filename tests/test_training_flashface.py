@@ -38,6 +38,7 @@ FACE = 96
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "PIECE", 10)  # there are no more pictures
+        patch.setitem(unet.SAMPLING, "steps", 2)
         yield stacks.make(tmp_path_factory.mktemp("stack"))
 
 
@@ -106,7 +107,7 @@ def test_what_stands_where_has_gradients_and_what_is_not_read_has_none(stack: Pa
     assert [name for name, value in trained.items() if value.grad is None or not value.grad.any()] == []
     resting = {name for name, _ in made.named_parameters()} - set(trained)
     assert all(name.startswith("net.diffusion_model.") for name in resting)
-    last = "middle_block.1" if placement == "encoder" else "output_blocks.8.1"
+    last = "middle_block.1" if placement == "encoder" else "output_blocks.11.1"
     assert f"net.diffusion_model.{last}.transformer_blocks.0.attn1.to_q.weight" in resting
     assert f"net.diffusion_model.{last}.transformer_blocks.0.norm1.weight" in trained
     assert "net.diffusion_model.out.2.weight" in resting
@@ -147,11 +148,14 @@ def reference_head(one: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_file_runs_as_it_was_trained(stack: Path, folder: Path, tuned: bool) -> None:
     made, told = woken(task(stack, tuned=tuned)), {}
     made.save(folder / "likeness", {"steps": 2})
-    view = made.source.view(4)
-    read = torch.cat([made.look([one]) for one in (view, made.source.view(7))]).detach()
+    views = [made.source.view(number) for number in (4, 7)]
+    cuts = torch.stack([made.reader.cut(view) for view in views]).movedim(-1, 1).float() / 255
+    with torch.no_grad():
+        read = latents.encode(made.frozen.autoencoder, cuts)
+    assert alike(made.look(views), read, 0.02)  # in bfloat16
     sigma, text, empty = made.frozen.model.model_sampling.sigma(torch.tensor([400])), words(made), [[made.text, {}]]
     if tuned:
-        told = {"c_concat": reference_faces.position((view.box / 128).tolist(), 128, 128)[None, None]}
+        told = {"c_concat": reference_faces.position((views[0].box / 128).tolist(), 128, 128)[None, None]}
     ours = made.painter(CPU)
     expected, plain = (said(one, sigma, text, **told) for one in (attach(ours, made.injection(ours, read)), ours))
     moved = (expected - plain).norm()
@@ -165,7 +169,7 @@ def test_the_file_runs_as_it_was_trained(stack: Path, folder: Path, tuned: bool)
             reference_guidance=0.0, start_percent=0.0, end_percent=1.0, show_at_least=1, reference_text=empty,
         ).args[0]  # fmt: skip
         got = said(node, sigma, text, **told)
-    assert (got - expected).norm() < 0.03 * moved
+    assert (got - expected).norm() < 0.01 * moved
     if tuned:
         nowhere = said(node, sigma, text, c_concat=torch.zeros(1, 1, 16, 16))
         assert not alike(nowhere, got, 1e-2)
@@ -201,7 +205,7 @@ def test_one_to_four_faces_none_of_them_twice_or_the_picture_that_is_made(stack:
     for first in range(6):
         for second in range(120):
             here, *faces = made._row(numbers, first, second, 4)
-            assert here == numbers[first] and len({here, *faces}) == 5 <= len(numbers)
+            assert here == numbers[first] and len({here, *faces}) == 5
             found.add((here, *faces))
     assert len(found) == 6 * 120  # every order of every choice
     assert sorted(made._row([1, 2, 3], 0, 0, 4)[1:]) == [2, 2, 3, 3]  # shown again where there are no more

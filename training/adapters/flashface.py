@@ -150,7 +150,7 @@ def build(base: BaseModel, settings: Settings, heads: int) -> tuple[BaseModel, m
     unet: Any = base.diffusion_model
     chosen = [site for site in sites(unet) if site.block[0] in PLACEMENTS[settings.placement]]
     net = copied(weights(base), heads)
-    read(net.diffusion_model, chosen)
+    freeze_unread(net.diffusion_model, chosen)
     own = {
         f"{site.key}.{part}.{key}": value.detach().clone()
         for site in chosen
@@ -181,12 +181,12 @@ def copied(tensors: Mapping[str, Tensor], heads: int) -> BaseModel:
     return model.requires_grad_(True)
 
 
-def read(unet: nn.Module, chosen: Iterable[Site]) -> None:
+def freeze_unread(unet: nn.Module, chosen: Iterable[Site]) -> None:
     """Freeze what has no part in what is read at these sites: all behind the last of them."""
     places = [Place(OUTPUT, site.block, site.depth, site.deep) for site in chosen]
     first: Any = unet.get_parameter(FIRST)
     context = next(site.context for site in chosen)
-    given = torch.zeros(1, 4, 8, 8).to(first), torch.zeros(1).to(first), torch.zeros(1, 1, context).to(first)
+    given = torch.zeros(1, 4, 16, 16).to(first), torch.zeros(1).to(first), torch.zeros(1, 1, context).to(first)
     seen = inputs(unet, *given, places)
     parameters = list(unet.parameters())
     found = torch.autograd.grad([x.sum() for x in seen.values()], parameters, allow_unused=True)
