@@ -23,6 +23,7 @@ from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
 from comfyui_likeness.training.adapters import infinite_id, readers
 from comfyui_likeness.training.adapters.infinite_id import InfiniteID
 from comfyui_likeness.training.base import clip, sdxl, unet, vae
+from comfyui_likeness.training.base.portraits import Shards
 from comfyui_likeness.training.task import chance
 from mixeds import SETTINGS
 from models import close, patcher
@@ -198,7 +199,8 @@ def test_sdxl_is_a_base(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = sdxl.Text(inside.clip_l, inside.clip_g)
     denoiser = patcher("SDXL", context_dim=64 + 512, adm_in_channels=512 + 6 * 256).model
     monkeypatch.setattr(sdxl, "load", lambda _: (text, vae.load(stack / vae.FILE), denoiser))
-    trained = task(stack, vae="one", text="one", unet="one")
+    told = replace(task(stack).settings, vae="one", text="one", unet="one")
+    trained = InfiniteID(told, Shards(stack), 5)
     assert trained.spec.base == "SDXL" and len(trained.spec.layers) == 70 and trained.spec.width == 576
     words, projected = both.encode_from_tokens(both.tokenize(TEXTS[0]), return_pooled=True)
     tokens = clip.tokenize(trained.tokenizer, [TEXTS[0], TEXTS[1]])

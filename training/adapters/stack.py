@@ -74,7 +74,7 @@ class Stack(unet.Frozen):
     """The trained base stack, and what is read of a pool: latents, and faces by their pictures' numbers."""
 
     def __init__(self, settings: Settings) -> None:
-        parts: tuple[nn.Module, Any, Any]
+        parts: tuple[Any, Any, Any]
         if settings.vae == settings.text == settings.unet:
             parts = sdxl.load(Path(settings.unet))
         else:

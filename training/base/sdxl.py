@@ -41,4 +41,5 @@ def load(file: Path) -> tuple[Text, Any, BaseModel]:
     if model is None or text is None or vae is None or not isinstance(model.model, SDXL):
         raise ValueError(f"got {file}, which is no whole checkpoint of SDXL; expected one, as sd_xl_base_1.0")
     both: Any = text.cond_stage_model
-    return Text(both.clip_l, both.clip_g), vae.first_stage_model.float(), model.model
+    autoencoder: Any = vae.first_stage_model
+    return Text(both.clip_l, both.clip_g), autoencoder.float(), model.model
