@@ -13,7 +13,7 @@ WIDTH = 512
 
 
 def faces_of(*counts: int, spread: float = 0.9, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Directions of so many faces of each person, and whose they are, in any order; at 0.9 cosines to centres are 0.74."""
+    """Directions of so many faces of each person, 0.74 from its centre at 0.9, and whose they are, in any order."""
     chance = torch.Generator().manual_seed(seed)
     who = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     rows = torch.randn(len(counts), WIDTH, generator=chance)[who]
