@@ -56,6 +56,8 @@ def test_a_few_beside_many_are_found_in_a_crowd() -> None:
     """So few that all together hang together about the many."""
     rows, who = faces_of(60, 4, spread=0.6)
     assert [set(who[some].tolist()) for some in clusters.people(rows, 0.6, 2)] == [{0}, {1}]
+    strangers, _ = faces_of(*[1] * 6)
+    assert clusters.people(strangers, 0.6, 2) == []
     assert clusters.people(rows[:0], 0.6, 2) == [] and clusters.people(rows[:1], 0.6, 2) == []
 
 
@@ -73,5 +75,5 @@ def test_views_differ_in_pose_and_are_the_sharpest_of_their_kind() -> None:
 
 def test_faces_of_one_pose_are_one_view() -> None:
     poses = torch.cat((torch.zeros(20, 3), torch.full((3, 3), 20.0))) + torch.rand(23, 3)
-    assert len(clusters.views(poses, [1.0] * 23, 8)) == 2
+    assert len(clusters.views(poses, [1.0] * 20 + [2.0] * 3, 8)) == 2
     assert clusters.views(torch.zeros(1, 3), [1.0], 8) == [0]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from collected import ROOT, Knowing
 from comfyui_likeness.likeness import faces
+from comfyui_likeness.likeness.spec import Face
 from comfyui_likeness.tools import standins
 from comfyui_likeness.training.collect import folders, run, work
 from comfyui_likeness.training.data import ShardAlbum
@@ -140,7 +141,8 @@ def test_views_are_of_different_poses(drawn, tmp_path):
     album = ShardAlbum(tmp_path.glob("*.tar"), side=None)
     assert told["films/bob"]["photos"] == len(told["films/bob"]["dropped"]) + 3 * len(told["films/bob"]["kept"])
     assert album.name(0) == "eve" and album.pictures(0) == 3
-    poses = [torch.tensor(faces.pose(faces.Face(*album.view(0, n)[3:1:-1], 1.0))) for n in range(3)]
+    shown = [album.view(0, n) for n in range(3)]
+    poses = [torch.tensor(faces.pose(Face(view.box, view.kps, 1.0))) for view in shown]
     assert all(float((poses[a] - poses[b]).abs().sum()) > 15 for a, b in ((0, 1), (0, 2), (1, 2)))
     assert set(told["eve"]["dropped"].values()) == {"not the person", "quality or pose"}
 

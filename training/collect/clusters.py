@@ -32,19 +32,28 @@ def k_means(rows: Tensor, k: int) -> Tensor:
 def groups(units: Tensor, similarity: float) -> list[Tensor]:
     """Directions [n, d] as groups of row numbers, the largest first.
 
-    The paper does not say how many clusters there are. Here a group is halved for as long as its rows' mean cosine to
-    its centre is below `similarity`; then groups whose centres are that much alike, the halves of one person, are one.
+    The paper does not say how many clusters there are. Here a group is halved for as long as its rows are less like its
+    centre than `similarity`; then groups whose centres are that much alike, the halves of one person, are one.
     """
     waiting, whole = [torch.arange(len(units))], []
     while waiting:
         some = waiting.pop()
-        loose = float(cosines(units[some], direction(units[some])).mean()) < similarity
+        loose = len(some) > 1 and _pairs(units[some]) < similarity**2
         half = k_means(units[some], 2) if loose else torch.zeros(len(some))
         if half.any() and not half.all():
             waiting += [some[half == 1], some[half == 0]]
         else:
             whole.append(some)
     return sorted(_joined(units, whole, similarity), key=len, reverse=True)
+
+
+def _pairs(units: Tensor) -> float:
+    """The mean cosine of two rows: the square of their cosine to the true centre.
+
+    That of few rows is too much like each of them: two that have nothing in common are at 0.71 from their mean.
+    """
+    count = len(units)
+    return (float(units.double().sum(0).square().sum()) / count - 1) / (count - 1)
 
 
 def _joined(units: Tensor, whole: list[Tensor], similarity: float) -> list[Tensor]:
