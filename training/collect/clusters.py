@@ -32,14 +32,13 @@ def k_means(rows: Tensor, k: int) -> Tensor:
 def groups(units: Tensor, similarity: float) -> list[Tensor]:
     """Directions [n, d] as groups of row numbers, the largest first.
 
-    The paper does not say how many clusters there are. Here a group is halved for as long as its rows are less like its
-    centre than `similarity`; then groups whose centres are that much alike, the halves of one person, are one.
+    The paper does not say how many clusters there are. Here a group is halved for as long as any of its rows is less
+    like its centre than `similarity`; then groups whose centres are that much alike, halves of one person, are one.
     """
     waiting, whole = [torch.arange(len(units))], []
     while waiting:
         some = waiting.pop()
-        loose = len(some) > 1 and _pairs(units[some]) < similarity**2
-        half = k_means(units[some], 2) if loose else torch.zeros(len(some))
+        half = k_means(units[some], 2) if _loose(units[some], similarity) else torch.zeros(len(some))
         if half.any() and not half.all():
             waiting += [some[half == 1], some[half == 0]]
         else:
@@ -47,13 +46,17 @@ def groups(units: Tensor, similarity: float) -> list[Tensor]:
     return sorted(_joined(units, whole, similarity), key=len, reverse=True)
 
 
-def _pairs(units: Tensor) -> float:
-    """The mean cosine of two rows: the square of their cosine to the true centre.
+def _loose(units: Tensor, similarity: float) -> bool:
+    """Whether rows [n, d] are more than one person's.
 
-    That of few rows is too much like each of them: two that have nothing in common are at 0.71 from their mean.
+    A few rows' mean is too much like each: strangers in a pair are 0.71 from theirs. The mean cosine of two rows, the
+    square of that to the true centre, is not.
     """
     count = len(units)
-    return (float(units.double().sum(0).square().sum()) / count - 1) / (count - 1)
+    if count == 1:
+        return False
+    pairs = (float(units.double().sum(0).square().sum()) / count - 1) / (count - 1)
+    return pairs < similarity**2 or float(cosines(units, direction(units)).min()) < similarity
 
 
 def _joined(units: Tensor, whole: list[Tensor], similarity: float) -> list[Tensor]:
