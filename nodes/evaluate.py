@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from comfy_api.latest import io
@@ -33,7 +33,7 @@ def ssim(picture: Tensor, reference: Tensor) -> float:
 
     given = {"data_range": 1, "channel_axis": -1}
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(structural_similarity(reference.numpy(), picture.numpy(), **given, **window))
+    return float(cast(float, structural_similarity(reference.numpy(), picture.numpy(), **given, **window)))
 
 
 def paired(pictures: Sequence[Tensor], others: Sequence[Tensor], name: str) -> list[Tensor]:

@@ -107,7 +107,10 @@ def test_a_second_run_reads_what_the_first_has_written(drawn, tmp_path):
     again = collected(root, analyzer, tmp_path, replace(PLAN, provider="cpu"))
     assert again == first and analyzer.looked == looked
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == stamps
-    other = replace(PLAN, similarity=0.75)
+    shard = tmp_path / f"{first['eve']['key']}.tar"
+    shard.unlink()
+    assert collected(root, analyzer, tmp_path) == first and shard.is_file() and analyzer.looked > looked
+    looked, other = analyzer.looked, replace(PLAN, similarity=0.75)
     keys = {one["key"] for one in collected(root, analyzer, tmp_path, other).values()}
     assert not keys & {one["key"] for one in first.values()} and analyzer.looked > looked
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ def k_means(rows: Tensor, k: int) -> Tensor:
     """The number of each row's cluster, [n, d] -> [n]; now and then there are fewer than k."""
     from scipy.cluster.vq import kmeans2
 
+    chance: dict[str, Any] = {"seed": 0}  # SciPy calls it rng from 1.15 on, and takes both
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        return torch.from_numpy(kmeans2(rows.double().numpy(), k, minit="++", seed=0)[1])
+        return torch.from_numpy(kmeans2(rows.double().numpy(), k, minit="++", **chance)[1])
 
 
 def groups(units: Tensor, similarity: float) -> list[Tensor]:

@@ -131,7 +131,7 @@ def choose(candidate: Candidate, found: Sequence[Found], plan: Plan) -> tuple[di
     for number, rows in enumerate(chosen):
         # The likest comes first, and stands for its photo.
         alone = list({found[row].photo: found[row] for row in reversed(rows.tolist())}.values())[::-1]
-        taken, why = _views(alone, plan) if plan.views else (alone, "")
+        taken, why = _views(alone, plan) if plan.views and alone else (alone, "")
         if len(taken) < max(plan.views, plan.least):
             taken, why = [], f"fewer than {max(plan.views, plan.least)} of the person"
         dropped |= {one.photo: why for one in alone if one not in taken}
@@ -157,9 +157,11 @@ def collect(candidate: Candidate, plan: Plan, analyzer: Analyzer, out: Path) -> 
     digests = {path.name: folders.sha256(path) for path in photos}
     settings = [f"{name}={value}" for name, value in asdict(plan).items() if name != "provider"]
     key = folders.key([candidate.name, str(candidate.crowd), analyzer.sha256, *settings], digests)
-    done = out / DONE / f"{key}.json"
+    shard, done = out / f"{key}.tar", out / DONE / f"{key}.json"
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+        told = json.loads(done.read_text(encoding="utf-8"))
+        if shard.is_file() or not told["kept"]:
+            return told
     first = {digest: name for name, digest in reversed(digests.items())}
     once = {path: first[digests[path.name]] == path.name for path in photos}
     searched = {
@@ -169,7 +171,7 @@ def collect(candidate: Candidate, plan: Plan, analyzer: Analyzer, out: Path) -> 
     people, left = choose(candidate, [one for seen in searched.values() for one in seen.found], plan)
     dropped = {path: seen.why for path, seen in searched.items() if seen.why} | left
     if people:
-        write_shard(Kept(people, plan.longest), range(len(people)), out / f"{key}.tar", len(photos), masks=False)
+        write_shard(Kept(people, plan.longest), range(len(people)), shard, len(photos), masks=False)
     told = {
         "candidate": candidate.name, "key": key, "photos": len(photos),
         "faces": sum(seen.faces for seen in searched.values()),
