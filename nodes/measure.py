@@ -9,7 +9,7 @@ from torch import Tensor
 from ..likeness import draw, faces, pose
 from ..likeness.spec import Identity
 from . import types
-from .photos import Choice, Taken, split, take_all, target
+from .photos import Choice, Taken, hash_note, split, take_all, target
 
 
 class MeasureLikeness(io.ComfyNode):
@@ -49,14 +49,6 @@ class MeasureLikeness(io.ComfyNode):
                 picture = draw.mark(picture, face, f"{score:.2f}", draw.CHOSEN if score == max(scores) else draw.FOUND)
             pictures.append(picture)
         return io.NodeOutput(max(best, default=0.0), torch.stack(pictures), "\n".join(lines))
-
-
-def hash_note(identity: Identity, analyzer: types.Analyzer) -> list[str]:
-    """A warning where the identity was encoded with another file of the same network."""
-    if identity.find(analyzer.feature) == analyzer.feature.id(analyzer.sha256):
-        return []
-    network = analyzer.feature.network
-    return [f"Warning: {identity.name} was encoded with another file of {network}; the numbers may be off."]
 
 
 def size_inputs() -> list[io.Int.Input]:

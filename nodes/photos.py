@@ -41,15 +41,30 @@ def split(batches: Sequence[Tensor]) -> list[Tensor]:
     return pictures
 
 
-def target(identity: Identity | None, analyzer: types.Analyzer) -> Tensor:
-    """The direction [512] of an identity in the analyzer's network. Raises ValueError where it has none."""
+def references(identity: Identity | None, analyzer: types.Analyzer) -> Tensor:
+    """An identity's vectors [n, 512] in the analyzer's network. Raises ValueError where it has none."""
     key = None if identity is None else identity.find(analyzer.feature)
     if identity is None or key is None:
         got = "no identity" if identity is None else f"identity {identity.name!r} with {', '.join(identity.embeddings)}"
         raise ValueError(
             f"got {got}; expected one with {analyzer.feature}; connect one that was encoded with this model pack"
         )
-    return mean(identity.embeddings[key].double(), identity.weight.double())
+    return identity.embeddings[key].double()
+
+
+def target(identity: Identity | None, analyzer: types.Analyzer) -> Tensor:
+    """The direction [512] of an identity in the analyzer's network. Raises ValueError where it has none."""
+    rows = references(identity, analyzer)
+    assert identity is not None
+    return mean(rows, identity.weight.double())
+
+
+def hash_note(identity: Identity, analyzer: types.Analyzer) -> list[str]:
+    """A warning where the identity was encoded with another file of the same network."""
+    if identity.find(analyzer.feature) == analyzer.feature.id(analyzer.sha256):
+        return []
+    network = analyzer.feature.network
+    return [f"Warning: {identity.name} was encoded with another file of {network}; the numbers may be off."]
 
 
 @dataclass(frozen=True)

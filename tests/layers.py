@@ -12,6 +12,7 @@ from pathlib import Path
 OWN = ("likeness", "nodes", "training", "tools", "benchmarks")
 # Started from the repository's root by `python -m`, where `tools` is nobody else's name.
 LAUNCHERS = {"benchmarks.__main__", "tools.convert_adaface", "training.__main__", "training.report.__main__"}
+LAUNCHERS |= {"training.collect.__main__"}
 TREES = (*OWN, "tests")
 LIKENESS_MAY = {*sys.stdlib_module_names, "torch", "safetensors"}
 # What a stage under nodes/ may use besides likeness/ and its own folder.

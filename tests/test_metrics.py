@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.linalg
 import torch
 from comfyui_likeness.training import metrics
 
@@ -47,6 +48,24 @@ def test_two_people_are_right_only_where_both_are() -> None:
     assert found.right.tolist() == [1, 0, 0, 0]
     assert found.own.tolist() == [1, 0, 0.5, 0.5] and found.swapped.tolist() == [0, 1, 0.5, 0]
     assert found.lost.tolist() == [0, 0, 0, 0.5]
+
+
+def test_frechet_distance_is_that_of_normal_distributions() -> None:
+    chance = torch.Generator().manual_seed(3)
+    wide = torch.tensor([1.0, 2.0, 3.0])
+    near, far = torch.randn(4000, 3, generator=chance), torch.randn(3000, 3, generator=chance) * wide + 2
+    found = metrics.frechet(near, far)
+    assert found == pytest.approx(3 * 4 + 0 + 1 + 4, rel=0.05)  # of the means, and (sigma - 1)^2
+    covariances = [rows.double().T.cov() for rows in (near, far)]
+    root = scipy.linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).real.trace()
+    means = float((near.double().mean(0) - far.double().mean(0)).square().sum())
+    assert found == pytest.approx(means + sum(float(c.trace()) for c in covariances) - 2 * root, abs=1e-6)
+    assert metrics.frechet(far, near) == pytest.approx(found, abs=1e-6)
+    assert metrics.frechet(near[:5], near[:5]) == pytest.approx(0, abs=1e-5)
+    few = torch.randn(4, 9, generator=chance)  # of a covariance that has no inverse
+    assert metrics.frechet(few, few) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="got 1 and 4 pictures"):
+        metrics.frechet(few[:1], few)
 
 
 def test_the_interval_is_the_means_own() -> None:

@@ -195,7 +195,7 @@ class ShardAlbum:
         kind = next(kind for kind in PICTURE_NAMES if kind in parts)
         image = _decode(parts[kind].read(), "RGB")
         box = torch.tensor(about["box"])
-        mask = _decode(parts[MASK_NAME].read(), "L") > 127 if MASK_NAME in parts else _inside(box, image.shape)
+        mask = _decode(parts[MASK_NAME].read(), "L") > 127 if MASK_NAME in parts else inside(box, image.shape)
         others = torch.tensor(about.get("others", ())).view(-1, 7, 2)
         whole = View(image, about["caption"], torch.tensor(about["kps"]), box, mask, others)
         return whole if self.side is None else fit(whole, self.side)
@@ -213,7 +213,7 @@ def _decode(data: bytes, mode: str) -> Tensor:
     return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert(mode)))
 
 
-def _inside(box: Tensor, shape: Sequence[int]) -> Tensor:
+def inside(box: Tensor, shape: Sequence[int]) -> Tensor:
     """A mask [H, W] of a box."""
     y, x = torch.arange(shape[0])[:, None], torch.arange(shape[1])[None, :]
     left, top, right, bottom = box.tolist()
@@ -257,8 +257,10 @@ def write_shards(
     ]
 
 
-def write_shard(album: Album, people: range, path: Path, pictures: int, lossless: bool = False) -> Path:
-    """Write one shard, whole or not at all."""
+def write_shard(
+    album: Album, people: range, path: Path, pictures: int, lossless: bool = False, masks: bool = True
+) -> Path:
+    """Write one shard, whole or not at all; without `masks` where the boxes are all that is known."""
     kind, options = ("png", {}) if lossless else ("jpeg", {"quality": JPEG, "subsampling": 0})
     part = path.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
@@ -268,10 +270,10 @@ def write_shard(album: Album, people: range, path: Path, pictures: int, lossless
                 about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
                 about |= {"others": view.others.tolist()} if len(view.others) else {}
                 stem = f"{album.name(identity)}/{number}"
-                mask = _encode(view.mask.to(torch.uint8) * 255, "png", {})
                 _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
                 _add(tar, f"{stem}.json", json.dumps(about).encode())
-                _add(tar, f"{stem}.{MASK_NAME}", mask)
+                if masks:
+                    _add(tar, f"{stem}.{MASK_NAME}", _encode(view.mask.to(torch.uint8) * 255, "png", {}))
     os.replace(part, path)
     return path
 

@@ -1,4 +1,4 @@
-"""What is measured of pictures, from vectors alone: likeness as FlashFace has it (arXiv 2403.17008, Sec. 4.1), CLIP.
+"""All that training and its report measure of pictures; what nodes measure, too, is theirs or in likeness/measures.py.
 
 A vector of zeros stands for a picture without a face: it is like nobody, its cosines are 0. All sums run in float64.
 """
@@ -10,8 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..likeness.measures import cosines, direction, lost, nearest, paste
 from ..likeness.sphere import units
+from ..nodes.evaluate import psnr, ssim
 from .task import chance
+
+__all__ = [
+    "Assignment", "Spread", "adherence", "assignment", "cosines", "direction", "frechet", "interval", "lost", "nearest",
+    "paste", "psnr", "ssim",
+]  # fmt: skip
 
 DRAWS, LEVEL = 2000, 0.95  # of the bootstrap
 
@@ -24,30 +31,19 @@ class Spread(NamedTuple):
     high: float
 
 
-def cosines(seen: Tensor, wanted: Tensor) -> Tensor:
-    """Of each picture [p, d] to one direction [d], or to one of its own [p, d]: [p]."""
-    return (units(seen.double()) * units(wanted.double())).sum(-1)
+def frechet(seen: Tensor, real: Tensor) -> float:
+    """The Frechet distance of two sets of features [n, d] and [m, d] as normal distributions (FID, arXiv 1706.08500).
 
-
-def direction(vectors: Tensor) -> Tensor:
-    """Where the vectors [n, d] of one person point: the mean of their directions, [d]. Their lengths do not count."""
-    return units(units(vectors.double()).mean(0))
-
-
-def nearest(seen: Tensor, references: Tensor) -> Tensor:
-    """Sim_ref: of each picture [p, d] the largest cosine to any reference [n, d], [p]; 0 where there is no face."""
-    made = units(seen.double())
-    return (made @ units(references.double()).T).amax(1) * made.any(1)
-
-
-def paste(ref: Tensor, target: Tensor) -> Tensor:
-    """Paste = Sim_ref - Sim_target: how far a face is a copy of a reference rather than the person as asked for."""
-    return ref - target
-
-
-def lost(seen: Tensor) -> Tensor:
-    """1 for each picture [p, d] without a face, [p]."""
-    return (~seen.any(-1)).double()
+    FID proper has Inception's features, which are not at hand: give those of a CLIP tower, and compare such numbers
+    with each other alone. Where n or m is not well above d they are too high. The root is taken as torchmetrics does
+    it. Raises ValueError on fewer than two of either.
+    """
+    if min(len(seen), len(real)) < 2:
+        raise ValueError(f"got {len(seen)} and {len(real)} pictures; expected two or more of each; measure more")
+    means = [rows.double().mean(0) for rows in (seen, real)]
+    a, b = (torch.atleast_2d(rows.double().T.cov()) for rows in (seen, real))
+    root = torch.linalg.eigvals(a @ b).sqrt().real.sum()
+    return float((means[0] - means[1]).square().sum() + a.trace() + b.trace() - 2 * root)
 
 
 def adherence(seen: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

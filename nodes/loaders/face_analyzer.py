@@ -102,7 +102,11 @@ def pack(name: str) -> Path:
 
 def load(name: str, provider: str) -> tuple[FaceAnalyzer, str]:
     """A model pack on a provider, and the report. Raises ValueError where either is not to be had."""
-    folder = pack(name)
+    return open_pack(pack(name), provider)
+
+
+def open_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
+    """The same of a folder of .onnx files anywhere; its name is the pack's."""
     try:
         import onnxruntime
         from insightface.app import FaceAnalysis
@@ -115,9 +119,10 @@ def load(name: str, provider: str) -> tuple[FaceAnalyzer, str]:
     detector, recogniser = _start(FaceAnalysis, folder, wanted, spare=provider == "auto")
     used = _used(provider, wanted, detector, recogniser)
     path = Path(recogniser.model_file)
-    network = f"arcface.{RECOGNISERS.get(path.name, name.lower())}"
+    network = f"arcface.{RECOGNISERS.get(path.name, folder.name.lower())}"
     analyzer = FaceAnalyzer(network, files.sha256(path), detector, recogniser)
-    lines = [f"{name}: detector {Path(detector.model_file).name}, recogniser {path.name} ({network}), on {used}."]
+    names = f"detector {Path(detector.model_file).name}, recogniser {path.name} ({network})"
+    lines = [f"{folder.name}: {names}, on {used}."]
     if wanted[0] not in used:  # only auto comes here
         lines.append(f"Warning: onnxruntime offers {wanted[0]}, but it did not start; check the driver for more speed.")
     return analyzer, "\n".join([*lines, *_both_packages()])

@@ -1,0 +1,1 @@
+"""From folders of photos to shards of people; see run.py."""
