@@ -153,9 +153,8 @@ def test_the_page_holds_every_picture_and_needs_nothing_else(tmp_path, weights):
         assert kind == "data:image/png;base64" and Image.open(BytesIO(b64decode(data))).size == (8, 8) and image["alt"]
     assert "People & <prompts>" in read.words and "http" not in text and "<script" not in text
     assert all(link[1:] in read.all("id") for link in read.all("href")) and len(read.all("href")) == len(PARTS)
-    # A likeness under each picture of one person, and nowhere else.
-    assert read.words.count("0.12") == sum(len(line.pictures) for section in sections for line in section.lines
-                                           if line.front is not None)  # fmt: skip
+    # A likeness under each picture of one person by one method, and nowhere else.
+    assert read.words.count("0.12") == len(methods.METHODS) * len(prompts.PEOPLE) * len(prompts.ALONE)
 
 
 def test_pictures_are_from_left_to_right(tmp_path, weights):
