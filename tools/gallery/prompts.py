@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .methods import CLIP, DECOUPLED, FUSED, METHODS, MODEL, VAE, VISION, Method, Prompt, Socket, node
 
@@ -24,14 +23,12 @@ PAIRS = (
     "line art of two laughing people in a room",
     "a pencil drawing of two people in the snow",
 )
-MIXED = ALONE[:2]
 SHARES = (0, 25, 50, 75, 100)  # of the last person, in %
 PHOTOS = 4
 SIDE = 128  # pixels of a picture, as the models were trained
-SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-SEED = 11  # of the first column; each column has noise of its own
+SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 11}
 KEPT = "gallery"  # the identity's file
-PICTURE, SAID = "picture_", "_said"  # the keys of the nodes that save a picture, and that tell of it
+PICTURES, SAID = "pictures", "said"  # the nodes that save a row, and that tell of it
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ def stage() -> Prompt:
         "models": node("LikenessLoadDemo"),
         "analyzer": node("LikenessLoadFaceAnalyzer", model_pack="demo", provider="cpu"),
         "negative": node("CLIPTextEncode", clip=CLIP, text=""),
-        "latent": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=1),
     }
     for person in PEOPLE:
         nodes[f"photos_{person}"] = node("LikenessDemoPerson", person=person)
@@ -75,39 +71,34 @@ def stage() -> Prompt:
     return nodes
 
 
-def picture(column: int, text: str, model: Socket, whom: Socket | None = None) -> Prompt:
-    """One picture, saved; how like `whom` it is, told."""
-    key = f"{PICTURE}{column}"
-    given: dict[str, Any] = {"positive": [f"{key}_text", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
-    nodes = {
-        f"{key}_text": node("CLIPTextEncode", clip=CLIP, text=text),
-        f"{key}_latent": node("KSampler", model=model, seed=SEED + column, **given, **SAMPLING),
-        f"{key}_pixels": node("VAEDecode", samples=[f"{key}_latent", 0], vae=VAE),
-        key: node("SaveImage", images=[f"{key}_pixels", 0], filename_prefix="gallery"),
-    }
-    if whom is not None:
-        measured: Prompt = {"image": [f"{key}_pixels", 0], "identity": whom, "face_analyzer": ["analyzer", 0]}
-        nodes[f"{key}_likeness"] = node("LikenessMeasure", **measured)
-        nodes[f"{key}{SAID}"] = node("PreviewAny", source=[f"{key}_likeness", 0])
-    return nodes
+def saved(pictures: Socket) -> Prompt:
+    return node("SaveImage", images=pictures, filename_prefix="gallery")
 
 
 def painted(nodes: Prompt, texts: Sequence[str], whom: Socket | None = None) -> Prompt:
-    """A picture of each text, by the model that `nodes` apply a person to; without such nodes by the model as it is."""
-    model = ["apply", 0] if "apply" in nodes else MODEL
+    """A picture of each text, by the model that `nodes` apply a person to; without such nodes by the model as it is.
+
+    How like `whom` each is, is told. All rows of as many texts have, column by column, the same noise.
+    """
+    given: Prompt = {"model": ["apply", 0] if "apply" in nodes else MODEL, "latent_image": ["empty", 0]}
     made = stage() | nodes
-    for column, text in enumerate(texts):
-        made |= picture(column, text, model, whom)
+    made |= {
+        "texts": node("GalleryTexts", clip=CLIP, texts="\n".join(texts)),
+        "empty": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=len(texts)),
+        "latents": node("KSampler", positive=["texts", 0], negative=["negative", 0], **given, **SAMPLING),
+        "pixels": node("VAEDecode", samples=["latents", 0], vae=VAE),
+        PICTURES: saved(["pixels", 0]),
+    }
+    if whom is not None:
+        made["likeness"] = node("LikenessMeasure", image=["pixels", 0], identity=whom, face_analyzer=["analyzer", 0])
+        made[SAID] = node("PreviewAny", source=["likeness", 2])
     return made
 
 
 def _photos() -> Part:
-    def row(person: str) -> Row:
-        saved = node("SaveImage", images=[f"photos_{person}", 0], filename_prefix="gallery")
-        return Row(person, stage() | {f"{PICTURE}0": saved})
-
+    rows = [Row(person, stage() | {PICTURES: saved([f"photos_{person}", 0])}) for person in PEOPLE]
     text = "Drawn people whom no model on this page has seen in training. Every method reads these photos, and no more."
-    return Part("Three strangers", text, [f"photo {n}" for n in range(1, PHOTOS + 1)], [row(one) for one in PEOPLE])
+    return Part("Three strangers", text, [f"photo {n}" for n in range(1, PHOTOS + 1)], rows)
 
 
 def _bare() -> Part:
@@ -145,30 +136,21 @@ def _together() -> Part:
 
 
 def _mixed() -> Part:
-    def row(text: str) -> Row:
-        made = stage()
-        for column, share in enumerate(SHARES):
-            both: Prompt = {f"identities.identity_{n}": identity(one) for n, one in enumerate((FIRST, LAST))}
-            mixed = node("LikenessMixIdentities", weights=f"{100 - share}, {share}", **both)
-            nodes = DECOUPLED.applied([f"mixed_{column}", 0])
-            made |= {f"mixed_{column}": mixed, "adapter": nodes["adapter"], f"apply_{column}": nodes["apply"]}
-            made |= picture(column, text, [f"apply_{column}", 0])
-            made[f"{PICTURE}{column}_latent"]["inputs"]["seed"] = SEED
-        return Row(text, made)
-
-    text = (
-        "By decoupled attention: face vectors blended along the sphere they live on. The noise is the same throughout."
-    )
-    heads = [f"{share} % {LAST}" for share in SHARES]
-    return Part(f"From {FIRST} to {LAST}", text, heads, [row(text) for text in MIXED], [DECOUPLED.file])
+    rows = []
+    both: Prompt = {f"identities.identity_{n}": identity(one) for n, one in enumerate((FIRST, LAST))}
+    for share in SHARES:
+        mixed = node("LikenessMixIdentities", weights=f"{100 - share}, {share}", **both)
+        rows.append(Row(f"{share} % {LAST}", painted({"mixed": mixed, **DECOUPLED.applied(["mixed", 0])}, ALONE)))
+    text = "By decoupled attention: face vectors blended along the sphere they live on."
+    return Part(f"From {FIRST} to {LAST}", text, ALONE, rows, [DECOUPLED.file])
 
 
 def _kept() -> Part:
-    saved = node("LikenessSaveIdentity", identity=identity(FIRST), name=KEPT, include_crops=True)
-    loaded = node("LikenessLoadIdentity", file=f"{KEPT}.safetensors")
+    keep = node("LikenessSaveIdentity", identity=identity(FIRST), name=KEPT, include_crops=True)
+    load = node("LikenessLoadIdentity", file=f"{KEPT}.safetensors")
     rows = [
-        Row("as encoded", painted({**DECOUPLED.applied(identity(FIRST)), "save": saved}, ALONE), FIRST),
-        Row("from the file", painted({**DECOUPLED.applied(["load", 0]), "load": loaded}, ALONE), FIRST),
+        Row("as encoded", painted({"keep": keep, **DECOUPLED.applied(identity(FIRST))}, ALONE), FIRST),
+        Row("from the file", painted({"load": load, **DECOUPLED.applied(["load", 0])}, ALONE), FIRST),
     ]
     text = f"{FIRST} as encoded from the photos, and as an identity that was saved to a file and loaded from it."
     return Part("A person as a file", text, ALONE, rows, [DECOUPLED.file], same=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import host
 from ..server import Server, serve
 from . import page
-from .prompts import PICTURE, SAID, Part, Row, parts
+from .prompts import PICTURES, SAID, Part, Row, parts
 
 WEIGHTS = host.ROOT / "weights"
 BASE = (
     "demo/unet.safetensors", "demo/text.safetensors", "demo/vae.safetensors", "demo/vision.safetensors",
     "insightface/models/demo/detector.onnx", "insightface/models/demo/recogniser.onnx",
 )  # fmt: skip
+NODE = Path(__file__).with_name("gallery_texts.py")
 TITLE = "Likeness: one person, any prompt"
 ABOUT = (
     "Three people, five prompts, every method, by ComfyUI's own sampler. Models and people come from Portrait World, a "
@@ -43,23 +46,32 @@ def require(folder: Path) -> None:
         )
 
 
+@contextmanager
+def started(found: host.Host, base: Path) -> Iterator[Server]:
+    """A server with the gallery's own node, and no pictures yet in `base`."""
+    host.fresh(base / "output")
+    (base / "custom_nodes").mkdir(exist_ok=True)
+    shutil.copyfile(NODE, base / "custom_nodes" / NODE.name)
+    # Without metadata pictures that are the same are files that are the same. So small models need no GPU.
+    with serve(found, base, options=["--disable-metadata"]) as server:
+        yield server
+
+
 def make(file: Path, folder: Path = WEIGHTS) -> Path:
     """Render the gallery into an HTML file. Raises HostError (see `require`), and ServerError where a row fails."""
     require(folder)
-    found = host.bring()
-    began, base = time.monotonic(), host.HOME / "base-gallery"
-    host.fresh(base / "output")
+    found, began = host.bring(), time.monotonic()
     host.say("starting ComfyUI")
-    # Without metadata pictures that are the same are files that are the same. So small models need no GPU.
-    with serve(found, base, options=["--disable-metadata"]) as server:
+    with started(found, host.HOME / "base-gallery") as server:
         try:
             sections = list(run(server, parts(), folder))
         finally:
             print(file=sys.stderr)  # behind the line of the progress
+    took = time.monotonic() - began
     made = sum(len(line.pictures) for section in sections for line in section.lines)
-    took = f"{made} pictures, made on this machine's {os.cpu_count()} CPU cores in {time.monotonic() - began:.0f} s."
+    told = f"{made} pictures, made on this machine's {os.cpu_count()} CPU cores in {took:.0f} s."
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page.html(TITLE, [*ABOUT, took], sections), encoding="utf-8")
+    file.write_text(page.html(TITLE, [*ABOUT, told], sections), encoding="utf-8")
     return file
 
 
@@ -84,14 +96,16 @@ def run(server: Server, every: Sequence[Part], folder: Path) -> Iterator[page.Se
 
 def paint(server: Server, row: Row) -> list[page.Picture]:
     """Run a row; its pictures from left to right, each with what was measured."""
-    entry = server.queue(row.prompt)
-    outputs: Mapping[str, Any] = entry["outputs"]
-    found = []
-    for key in (key for key in row.prompt if key.removeprefix(PICTURE).isdigit()):
-        told = outputs.get(f"{key}{SAID}")
-        note = f"{float(told['text'][0]):.2f}" if told else ""
-        found += [page.Picture(file, note) for file in server.files({"outputs": {key: outputs[key]}})]
-    return found
+    outputs: Mapping[str, Any] = server.queue(row.prompt)["outputs"]
+    files = server.files({"outputs": {PICTURES: outputs[PICTURES]}})
+    notes = measured(outputs[SAID]["text"][0]) if SAID in row.prompt else [""] * len(files)
+    return [page.Picture(file, note) for file, note in zip(files, notes, strict=True)]
+
+
+def measured(report: str) -> list[str]:
+    """For each picture of Measure Likeness' report the best face's cosine, or that there is none."""
+    lines = [line.partition(": ")[2] for line in report.splitlines() if line.startswith("picture ")]
+    return ["no face" if line == "no face found" else f"{max(map(float, line.split(', '))):.2f}" for line in lines]
 
 
 def equal(lines: Sequence[page.Line]) -> str:
