@@ -113,3 +113,25 @@ def cached(entry: dict[str, Any]) -> set[str]:
     """The nodes that a run took from the server's cache."""
     told = entry["status"]["messages"]
     return {node for kind, message in told if kind == "execution_cached" for node in message["nodes"]}
+
+
+def misfits(prompt: Prompt, info: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where a prompt gives a node what `info`, the server's, does not declare, or leaves out what it requires."""
+    found = []
+    for node in prompt.values():
+        about, kind = info[node["class_type"]], node["class_type"]
+        names = {**about["input"].get("required", {}), **(about["input"].get("optional") or {})}
+        grown = {key for key, (wanted, *_) in names.items() if wanted == "COMFY_AUTOGROW_V3"}
+        for key, value in node["inputs"].items():
+            root = key.partition(".")[0]
+            if key not in names and root not in grown:
+                found.append((kind, key, "not declared"))
+            elif isinstance(value, list):
+                given = info[prompt[value[0]]["class_type"]]["output"][value[1]]
+                wanted = names[key][0] if key in names else names[root][1]["template"]["input"]["required"]
+                wanted = wanted if isinstance(wanted, str) else next(iter(wanted.values()))[0]
+                if wanted != "*" and not set(wanted.split(",")) & set(given.split(",")):
+                    found.append((kind, key, wanted, given))
+        missing = set(about["input"].get("required", {})) - set(node["inputs"]) - grown
+        found += [(kind, key, "left out") for key in missing]
+    return found

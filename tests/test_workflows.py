@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import pytest
 from comfyui_likeness.tools import demo
 from comfyui_likeness.tools.server import ServerError
-from flows import APPLY, NAMES, UNSHIPPED, WORKFLOWS, bare, cached, made, paint, pixels, run, small, workflow
+from flows import APPLY, NAMES, UNSHIPPED, WORKFLOWS, bare, cached, made, misfits, paint, pixels, run, small, workflow
 from PIL import Image
 from safetensors import safe_open
 
@@ -21,14 +20,6 @@ PAINTING = [
     for name in demo.names()
     if {"SaveImage"} < (kinds := {node["class_type"] for node in demo.read(name).values()}) and kinds & APPLY.keys()
 ]
-
-
-def declared(info: dict[str, Any]) -> dict[str, Any]:
-    return {**info["input"].get("required", {}), **(info["input"].get("optional") or {})}
-
-
-def accepts(wanted: str, given: str) -> bool:
-    return wanted == "*" or bool(set(wanted.split(",")) & set(given.split(",")))
 
 
 def test_the_folder_holds_the_workflows_and_their_thumbnails_alone():
@@ -61,21 +52,7 @@ def test_workflow_has_no_overlaps_and_names_its_pack(name):
 
 @pytest.mark.parametrize("name", [*NAMES, *UNSHIPPED])
 def test_prompt_fits_what_the_server_declares(name, info):
-    prompt = demo.read(name)
-    for node in prompt.values():
-        about = info[node["class_type"]]
-        names = declared(about)
-        grown = {key for key, (kind, *_) in names.items() if kind == "COMFY_AUTOGROW_V3"}
-        for key, value in node["inputs"].items():
-            root = key.partition(".")[0]
-            assert key in names or root in grown, (node["class_type"], key)
-            if isinstance(value, list):
-                given = info[prompt[value[0]]["class_type"]]["output"][value[1]]
-                wanted = names[key][0] if key in names else names[root][1]["template"]["input"]["required"]
-                wanted = wanted if isinstance(wanted, str) else next(iter(wanted.values()))[0]
-                assert accepts(wanted, given), (node["class_type"], key, wanted, given)
-        missing = set(about["input"].get("required", {})) - set(node["inputs"]) - grown
-        assert not missing, (node["class_type"], missing)
+    assert misfits(demo.read(name), info) == []
 
 
 def test_a_library_is_made(library, server):

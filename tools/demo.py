@@ -1,4 +1,7 @@
-"""`python -m tools.demo`: runs a workflow headless through a real ComfyUI server on a real photo."""
+"""`python -m tools.demo`: runs a workflow headless through a real ComfyUI server on a real photo.
+
+With --gallery it makes one HTML file of every method, by the small models that ship with the pack.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from . import host
+from .gallery import render
 from .server import Server, ServerError, serve
 
 PROMPTS = Path(__file__).parent / "prompts"
-DEFAULT = "portrait_faceid_plusv2"
+DEFAULT, GALLERY = "portrait_faceid_plusv2", "gallery"
 LIBRARY = "identity_library_make"  # what it keeps, others load
 PHOTOS = "import sys, pathlib; from tools import photos; photos.make(pathlib.Path(sys.argv[1]))"
 STAND_INS = "import sys, pathlib; from tools import standins; standins.make(pathlib.Path(sys.argv[1]), sys.argv[2:])"
@@ -184,8 +188,9 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--workflow", default=DEFAULT, metavar="NAME", help=f"what to run (default {DEFAULT})")
-    parser.add_argument("--photo", type=Path, metavar="FILE", help="a person (default: an astronaut)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the pictures go (default .host/demo/NAME)")
+    parser.add_argument("--gallery", action="store_true", help="make the gallery instead")
+    parser.add_argument("--photo", type=Path, metavar="FILE", help="the workflow's person (default: an astronaut)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where what is made goes (default .host/demo/NAME)")
     parser.add_argument("--list", action="store_true", help="print the names of the workflows")
     return parser.parse_args(arguments)
 
@@ -195,17 +200,30 @@ def work(arguments: list[str]) -> int:
     if options.list:
         print("\n".join(names()))
         return 0
+    if options.gallery and options.photo is not None:
+        raise host.HostError("got a photo for the gallery, which has people of its own; run a workflow on it instead")
+    output = (options.out or host.HOME / "demo" / (GALLERY if options.gallery else options.workflow)).resolve()
+    try:
+        return gallery(output) if options.gallery else one(options, output)
+    except ServerError as error:
+        raise host.HostError(str(error)) from error
+
+
+def gallery(output: Path) -> int:
+    """Make the gallery in a folder, and say where it is."""
+    print(render.make(output / f"{GALLERY}.html"))
+    return 0
+
+
+def one(options: argparse.Namespace, output: Path) -> int:
+    """Run a workflow, and say where its pictures are."""
     prompt = read(options.workflow)
     if options.photo is not None and not options.photo.is_file():
         raise host.HostError(f"got the photo {options.photo}, which is not there; name a picture file")
     found = host.bring()
-    output = (options.out or host.HOME / "demo" / options.workflow).resolve()
     given = (found, prompt, options.photo, output, not host.has_accelerator(found))
-    try:
-        pictures = None if found.ours else on_own_models(*given)
-        pictures = on_stand_ins(*given) if pictures is None else pictures
-    except ServerError as error:
-        raise host.HostError(str(error)) from error
+    pictures = None if found.ours else on_own_models(*given)
+    pictures = on_stand_ins(*given) if pictures is None else pictures
     print("\n".join(["pictures:", *map(str, pictures)]) if pictures else f"the workflow saved no picture in {output}")
     return 0
 
