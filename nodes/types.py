@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness import arc2face
+from ..likeness.arc2face import FACES
 from ..likeness.bank import MemoryBank
 from ..likeness.spec import AdapterSpec, Face, Feature, FlashFaceSpec, FusedSpec, OmniIDSpec, PrompterSpec
 
@@ -113,7 +113,7 @@ class LoadedPrompter:
     inverter: ModelPatcher | None
     spec: PrompterSpec | None
     file: str
-    faces: Sequence[Feature] = arc2face.FACES
+    faces: Sequence[Feature] = FACES
 
 
 class Analyzer(Protocol):
