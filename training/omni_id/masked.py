@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ class MaskedDecoder(nn.Module):
         return pixel_shuffle(made, self.cell).unflatten(0, (people, each))
 
     def _through(self, block: nn.Module, *given: Tensor) -> Tensor:
-        return checkpoint(block, *given, use_reentrant=False) if self.checkpointing and self.training else block(*given)
+        saving = self.checkpointing and self.training
+        run: Any = partial(checkpoint, block, use_reentrant=False) if saving else block
+        return run(*given)
 
 
 class Masked(Task):
