@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,9 @@ class MaskedDecoder(nn.Module):
         return pixel_shuffle(made, self.cell).unflatten(0, (people, each))
 
     def _through(self, block: nn.Module, *given: Tensor) -> Tensor:
-        if not (self.checkpointing and self.training):
-            return block(*given)
-        saving: Any = checkpoint
-        return saving(block, *given, use_reentrant=False)
+        saving = self.checkpointing and self.training
+        run: Any = partial(checkpoint, block, use_reentrant=False) if saving else block
+        return run(*given)
 
 
 class Masked(Task):
