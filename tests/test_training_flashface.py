@@ -81,12 +81,12 @@ def test_it_learns_and_the_base_stays(stack: Path, tmp_path: Path, tuned: bool) 
     made: list[FlashFace] = []
 
     def make() -> FlashFace:
-        made.append(task(stack, pool=10, tuned=tuned))
+        made.append(task(stack, pool=10, references=2, tuned=tuned))
         return made[0]
 
     fit(make, tmp_path, steps=8, batch=4, rate=3e-3, warmup=0, draw_every=8, ema=0.0)
-    (learnt,), fresh = made, task(stack, pool=10, tuned=tuned)
-    batch = fresh.batch(chance(9), 8)
+    (learnt,), fresh = made, task(stack, pool=10, references=2, tuned=tuned)
+    batch = fresh.batch(chance(9), 4)
     assert float(learnt(batch)["noise"]) < 0.99 * float(fresh(batch)["noise"])
     assert len(list((tmp_path / "drawn").glob("pictures-*.png"))) == 1
     begun, ended = stacks.trained(fresh), stacks.trained(learnt)
@@ -228,15 +228,15 @@ def test_conditions_are_dropped_each_by_itself(stack: Path) -> None:
 
 
 def test_a_broken_run_goes_on_to_the_same_weights(stack: Path, tmp_path: Path) -> None:
-    told: dict[str, Any] = {"steps": 4, "batch": 2, "warmup": 0, "save_every": 2}
-    whole, _ = fit(lambda: task(stack, pool=10), tmp_path / "whole", **told)
+    told: dict[str, Any] = {"steps": 3, "batch": 2, "warmup": 0, "save_every": 2}
+    whole, _ = fit(lambda: task(stack, pool=10, references=1), tmp_path / "whole", **told)
 
     def breaks() -> FlashFace:
-        made, seen = task(stack, pool=10), [0]
+        made, seen = task(stack, pool=10, references=1), [0]
 
         def stop(*_: Any) -> None:
             seen[0] += 1
-            if seen[0] == 4:
+            if seen[0] == 3:
                 raise KeyboardInterrupt
 
         made.register_forward_pre_hook(stop)
@@ -244,7 +244,7 @@ def test_a_broken_run_goes_on_to_the_same_weights(stack: Path, tmp_path: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         fit(breaks, tmp_path / "broken", **told)
-    again, _ = fit(lambda: task(stack, pool=10), tmp_path / "broken", **told)
+    again, _ = fit(lambda: task(stack, pool=10, references=1), tmp_path / "broken", **told)
     a, b = (load_file(place / "made.safetensors") for place in (whole, again))
     assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
