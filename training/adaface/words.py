@@ -62,7 +62,9 @@ def text_model(text: Any, tensors: Mapping[str, Tensor] | None = None) -> TextMo
     heads = transformer.text_model.encoder.layers[0].self_attn.heads
     weights = {f"{ENCODER}{key}": value.float().clone() for key, value in given.items()}
     model = adaface.text_model(weights, ENCODER, heads, OPERATIONS).requires_grad_(True)
-    model.embeddings["token_embedding"] = copy.deepcopy(transformer.get_input_embeddings()).requires_grad_(False)
+    words = copy.deepcopy(transformer.get_input_embeddings()).requires_grad_(False)
+    model.embeddings["token_embedding"] = words
+    model.size["words"] = len(words.known)  # its table has one row more, for all others
     return model
 
 
