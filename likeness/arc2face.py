@@ -20,7 +20,7 @@ from . import own_file
 from .clip_text import LENGTH, TextModel, padded
 from .decoupled import need
 from .detect import FACE_ANTELOPE
-from .spec import Arc2FaceSpec, Feature, Identity, parse_feature
+from .spec import Arc2FaceSpec, Feature, Identity
 
 KIND = "arc2face"
 BEFORE, ID, AFTER = (1125, 539, 320), 1014, (2533,)
@@ -40,7 +40,7 @@ def metadata(spec: Arc2FaceSpec) -> dict[str, str]:
 def read_spec(told: Mapping[str, Any], file: str) -> Arc2FaceSpec:
     """The spec of a file's metadata. Raises ValueError where it is not whole or of a newer version."""
     own_file.check(told, KIND, {"heads": int, "faces": list}, {}, file)
-    faces = tuple(parse_feature(str(name)) for name in told["faces"])
+    faces = own_file.features(told["faces"], file)
     if not faces:
         raise ValueError(f"got {file}, which reads no face; expected at least one in faces; fetch the file again")
     return Arc2FaceSpec(told["base"], told["heads"], faces, told["notes"])

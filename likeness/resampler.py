@@ -78,20 +78,20 @@ def refine(layers: Iterable[nn.Module], latents: Tensor, x: Tensor) -> Tensor:
 class Perceiver(nn.Module):
     """Refines given latents [B, T, dim] by features [B, L, features] into [B, T, out]."""
 
-    def __init__(
-        self, dim: int, depth: int, heads: int, features: int, out: int, operations: Any, head_width: int = HEAD_WIDTH
-    ) -> None:
+    head_width = HEAD_WIDTH  # of every released file; no shape tells it
+
+    def __init__(self, dim: int, depth: int, heads: int, features: int, out: int, operations: Any) -> None:
         super().__init__()
         self.proj_in = operations.Linear(features, dim)
         self.proj_out = operations.Linear(dim, out)
         self.norm_out = operations.LayerNorm(out)
-        self.layers = layers_of(dim, depth, heads, head_width, operations)
+        self.layers = layers_of(dim, depth, heads, self.head_width, operations)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, operations: Any) -> Perceiver:
-        """The module whose state dict has these shapes, with the head width of every released file."""
+        """The module whose state dict has these shapes."""
         dim, features = shapes["proj_in.weight"]
-        heads = shapes["layers.0.0.to_q.weight"][0] // HEAD_WIDTH
+        heads = shapes["layers.0.0.to_q.weight"][0] // cls.head_width
         return cls(dim, depth_of(shapes), heads, features, shapes["proj_out.weight"][0], operations)
 
     def refine(self, latents: Tensor, features: Tensor) -> Tensor:
@@ -104,24 +104,14 @@ class Perceiver(nn.Module):
 class Resampler(Perceiver):
     """A perceiver with learned latents: features [B, L, features] become [B, tokens, out]."""
 
-    def __init__(
-        self,
-        dim: int,
-        depth: int,
-        heads: int,
-        tokens: int,
-        features: int,
-        out: int,
-        operations: Any,
-        head_width: int = HEAD_WIDTH,
-    ) -> None:
-        super().__init__(dim, depth, heads, features, out, operations, head_width)
+    def __init__(self, dim: int, depth: int, heads: int, tokens: int, features: int, out: int, operations: Any) -> None:
+        super().__init__(dim, depth, heads, features, out, operations)
         self.latents = nn.Parameter(torch.empty(1, tokens, dim))
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, operations: Any) -> Resampler:
         _, tokens, dim = shapes["latents"]
-        heads = shapes["layers.0.0.to_q.weight"][0] // HEAD_WIDTH
+        heads = shapes["layers.0.0.to_q.weight"][0] // cls.head_width
         features, out = shapes["proj_in.weight"][1], shapes["proj_out.weight"][0]
         return cls(dim, depth_of(shapes), heads, tokens, features, out, operations)
 

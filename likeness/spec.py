@@ -47,11 +47,6 @@ def parse_encoder_id(text: str) -> tuple[Feature, str]:
     return Feature(match["network"], match["layer"], match["crop"]), match["hash8"]
 
 
-def parse_feature(text: str) -> Feature:
-    """The feature of that name. Raises ValueError on any other text."""
-    return parse_encoder_id(f"{text}-{'0' * 8}")[0]
-
-
 def find(held: Mapping[str, Tensor], feature: Feature) -> str | None:
     """The encoder id under which a mapping holds `feature`, or None."""
     return next((key for key in held if parse_encoder_id(key)[0] == feature), None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import host
 from .gallery import render
+from .gallery.methods import METHODS
 from .server import Server, ServerError, serve
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -45,16 +46,8 @@ INSTEAD: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What a prompt reads of weights/, which needs no stand-in, by a class or a value in it.
-SHIPPED = host.ROOT / "weights"
 DEMO = "LikenessLoadDemo"
-BROUGHT = {
-    DEMO: tuple(f"demo/{name}.safetensors" for name in ("unet", "text", "vae", "vision")),
-    "demo": tuple(f"insightface/models/demo/{name}.onnx" for name in ("detector", "recogniser")),
-    "demo_faceid.safetensors": ("ipadapter/demo_faceid.safetensors",),
-    "demo_plus_face.safetensors": ("ipadapter/demo_plus_face.safetensors",),
-    "demo_fused.safetensors": ("likeness/demo_fused.safetensors",),
-    "demo_flashface.safetensors": ("likeness/demo_flashface.safetensors",),
-}
+BROUGHT = {DEMO: render.MODELS, "demo": render.PACK, **{Path(one.file).name: (one.file,) for one in METHODS}}
 
 Prompt = dict[str, Any]
 
@@ -98,7 +91,7 @@ def unshipped(prompt: Prompt) -> list[str]:
     """What the prompt reads of weights/ and is not there yet."""
     said = [word for node in prompt.values() for word in (node["class_type"], *node["inputs"].values())]
     wanted = [file for word in said if isinstance(word, str) for file in BROUGHT.get(word, ())]
-    return [file for file in dict.fromkeys(wanted) if not (SHIPPED / file).is_file()]
+    return [file for file in dict.fromkeys(wanted) if not (render.WEIGHTS / file).is_file()]
 
 
 def missing(prompt: Prompt, info: dict[str, Any]) -> list[str]:

@@ -44,8 +44,7 @@ def load(tensors: Mapping[str, Tensor], told: Mapping[str, Any], file: str) -> t
     notes = "; ".join(f"{key}: {value}" for key, value in told["notes"].items()) or "nothing said"
     lines = [
         f"{file}: {ADAPTERS[spec.kind].title} for {detect.base_name(spec.base, spec.width)}, {spec.tokens} tokens per "
-        f"{kind.per}, "
-        f"{len(spec.layers)} layers",
+        f"{kind.per}, {len(spec.layers)} layers",
         f"The negative prompt sees {NEGATIVE[spec.unconditional]}. Training: {notes}.",
         f"Needs {' and '.join(str(feature) for feature in spec.needs)}, and {kind.node}.",
     ]

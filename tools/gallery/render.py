@@ -17,10 +17,9 @@ from . import page
 from .prompts import PICTURES, SAID, Part, Row, parts
 
 WEIGHTS = host.ROOT / "weights"
-BASE = (
-    "demo/unet.safetensors", "demo/text.safetensors", "demo/vae.safetensors", "demo/vision.safetensors",
-    "insightface/models/demo/detector.onnx", "insightface/models/demo/recogniser.onnx",
-)  # fmt: skip
+MODELS = tuple(f"demo/{name}.safetensors" for name in ("unet", "text", "vae", "vision"))
+PACK = tuple(f"insightface/models/demo/{name}.onnx" for name in ("detector", "recogniser"))
+BASE = (*MODELS, *PACK)
 NODE = Path(__file__).with_name("gallery_texts.py")
 TITLE = "Likeness: one person, any prompt"
 ABOUT = (

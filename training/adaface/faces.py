@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..adapters import stack
 from ..adapters.readers import ArcFace
 from ..base import latents, unet
-from ..base.source import Source, sheet, some
+from ..base.source import Source
 from ..task import Batch
 
 
@@ -59,18 +58,7 @@ class FaceTask(stack.PeopleTask[Told]):
     def prompts(self, faces: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """What the painter reads of directions [n, 512], each in a picture with a caption, and of nobody."""
 
-    def draw(self, chance: Generator) -> dict[str, Tensor]:
-        """Photos of people who are no part of the training, above pictures of them by the host's own sampler."""
-        album, side = self._strangers(), self.settings.side
-        who = [some(chance, 1, len(album))[0] for _ in range(stack.SHOWN)]
-        views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
-        device = next(self.parameters()).device
-        faces = normalize(self.look([view for view, _ in views]).to(device), dim=-1)
-        given, nobody = self.prompts(faces, [other.caption for _, other in views])
-        noise = torch.randn(stack.SHOWN, 4, side // 8, side // 8, generator=chance)
-        model = ModelPatcher(self.painter().to(device), device, device)
-        made = latents.decode(
-            self.frozen.autoencoder, unet.sample(model, noise, [[given, {}]], [[nobody, {}]]).to(device)
-        )
-        photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
-        return {"pictures": sheet(photos, made)}
+    def painted(self, read: Tensor, captions: Sequence[str], noise: Tensor) -> Tensor:
+        given, nobody = self.prompts(normalize(read, dim=-1), captions)
+        model = ModelPatcher(self.painter().to(read.device), read.device, read.device)
+        return unet.sample(model, noise, [[given, {}]], [[nobody, {}]])

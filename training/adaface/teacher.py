@@ -6,19 +6,18 @@ picture of the same person.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...likeness import arc2face, own_file
 from ...likeness.spec import Arc2FaceSpec
+from ...nodes.loaders import files
 from ..base import unet
 from ..base.source import Source
 from ..task import Batch
@@ -81,7 +80,6 @@ class Teacher(FaceTask[Settings]):
         save_file(words.tensors_of(self.text, words.ENCODER), folder / f"{name}.safetensors", arc2face.metadata(spec))
         weights = self.model.diffusion_model.state_dict()
         tensors = {unet.PREFIX + key: value.half().contiguous() for key, value in weights.items()}
-        with safe_open(self.settings.unet, "pt") as opened:
-            config = json.loads(opened.metadata()["likeness"])["settings"]["config"]
-        told = {**asdict(self.settings), "config": config}
+        base = files.told(Path(self.settings.unet)) or {}  # whose settings were read when it was loaded
+        told = {**asdict(self.settings), "config": base["settings"]["config"]}
         save_file(tensors, folder / f"{name}{UNET}", own_file.metadata("unet", "SD1.5", notes, settings=told))

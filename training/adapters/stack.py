@@ -19,8 +19,7 @@ from torch import Generator, Tensor, nn
 
 from ...nodes.attention.injection import Injection
 from ...nodes.attention.patch import attach, directly
-from ..base import clip, latents, sdxl, unet, vae
-from ..base.portraits import Shards
+from ..base import clip, latents, portraits, sdxl, unet, vae
 from ..base.source import Source, pictures, sheet, some
 from ..data import Album, ShardAlbum, View, WorldAlbum
 from ..task import Batch, Task
@@ -101,20 +100,16 @@ class PeopleTask(Task, Generic[Told]):
 
     def __init__(self, settings: Told, source: Source) -> None:
         super().__init__()
-        if not isinstance(source, Shards):
-            raise ValueError(
-                'got data = "world" in [run]; expected a folder of shards, in which people have several pictures; '
-                "paint some by python -m training.shards FOLDER"
-            )
-        self.settings, self.source = settings, source
+        self.settings, self.source = settings, portraits.shards(source)
         self.tokenizer = clip.SDTokenizer()
         self.frozen = Stack(settings)
-        self.clusters = source.clusters(settings.pool or len(source), settings.people, settings.each)
+        found = settings.pool or len(self.source)
+        self.clusters = self.source.clusters(found, settings.people, settings.each)
         if not self.clusters:
             raise ValueError(f"got nobody with two of the first {settings.pool} pictures; expected some; raise pool")
         if settings.pool:
             autoencoder = self.frozen.autoencoder
-            self.frozen.pool = latents.pool(source, Path(settings.vae), autoencoder, settings.side, settings.pool)
+            self.frozen.pool = latents.pool(self.source, Path(settings.vae), autoencoder, settings.side, settings.pool)
 
     @property
     @abstractmethod
@@ -186,6 +181,22 @@ class PeopleTask(Task, Generic[Told]):
             row.append(left.pop(place))
         return row
 
+    def draw(self, chance: Generator) -> dict[str, Tensor]:
+        """Photos of people who are no part of the training, above pictures of them by the host's own sampler."""
+        album, side = self._strangers(), self.settings.side
+        who = [some(chance, 1, len(album))[0] for _ in range(SHOWN)]
+        views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
+        photos, others = zip(*views, strict=True)
+        noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
+        device = next(self.parameters()).device
+        made = self.painted(self.look(photos).to(device), [other.caption for other in others], noise)
+        above = torch.stack([photo.picture for photo in photos]).to(device).movedim(-1, 1).float() / 255
+        return {"pictures": sheet(above, latents.decode(self.frozen.autoencoder, made.to(device)))}
+
+    @abstractmethod
+    def painted(self, read: Tensor, captions: Sequence[str], noise: Tensor) -> Tensor:
+        """Latents that the host's sampler makes of noise, of faces as they were read, each with a caption."""
+
     def _strangers(self) -> Album:
         folder, side = self.settings.strangers, self.settings.side
         return ShardAlbum(Path(folder).glob("*.tar"), side) if folder else WorldAlbum("validation", side)
@@ -231,20 +242,11 @@ class AdapterTask(PeopleTask[Told]):
         """The model as it paints the faces, face i in row i."""
         return attach(model, self.injection(model, read))
 
-    def draw(self, chance: Generator) -> dict[str, Tensor]:
-        """Photos of people who are no part of the training, above pictures of them by the host's own sampler."""
-        album, side = self._strangers(), self.settings.side
-        who = [some(chance, 1, len(album))[0] for _ in range(SHOWN)]
-        views = [[album.view(one, number % album.pictures(one)) for number in some(chance, 2)] for one in who]
-        device = next(self.parameters()).device
-        held = self.painter(device)
-        prompts = [self._prompt(texts, device) for texts in ([other.caption for _, other in views], [""])]
-        noise = torch.randn(SHOWN, 4, side // 8, side // 8, generator=chance)
-        seen = {"read": self.look([view for view, _ in views]).to(device), "faceless": torch.zeros(SHOWN).bool()}
-        patched = self.applied(held, self.faces(seen))
-        made = latents.decode(self.frozen.autoencoder, unet.sample(patched, noise, *prompts).to(device))
-        photos = torch.stack([view.picture for view, _ in views]).to(device).movedim(-1, 1).float() / 255
-        return {"pictures": sheet(photos, made)}
+    def painted(self, read: Tensor, captions: Sequence[str], noise: Tensor) -> Tensor:
+        model = self.painter(read.device)
+        prompts = [self._prompt(texts, read.device) for texts in (captions, [""])]
+        seen = self.faces({"read": read, "faceless": torch.zeros(len(noise)).bool()})
+        return unet.sample(self.applied(model, seen), noise, *prompts)
 
     def _prompt(self, texts: Sequence[str], device: torch.device) -> list[Any]:
         """Texts as the host's samplers take them."""

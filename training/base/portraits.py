@@ -103,5 +103,16 @@ class Shards:
         return faces.pixels(faces.align(view.picture.double() / 255, view.kps, 112))
 
 
+def shards(source: object, how: str = "") -> Shards:
+    """A source, as people have several pictures there. Raises ValueError where it is the drawn world itself; `how`
+    are the options by which shards for the task are painted."""
+    if isinstance(source, Shards):
+        return source
+    raise ValueError(
+        'got data = "world" in [run]; expected a folder of shards, in which people have several pictures; '
+        f"paint some by python -m training.shards FOLDER{how}"
+    )
+
+
 def scene_of(number: int) -> world.Scene:
     return world.scene(number, 2 if number % TWO == 0 else 1)

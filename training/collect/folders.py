@@ -43,14 +43,6 @@ def candidates(root: Path) -> list[Candidate]:
     return found
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def key(told: Sequence[str], digests: Mapping[str, str]) -> str:
     """What a result is kept under: all that it is made of, its photos by name and content."""
     parts = [*told, *(part for pair in sorted(digests.items()) for part in pair)]

@@ -154,7 +154,7 @@ def collect(candidate: Candidate, plan: Plan, analyzer: Analyzer, out: Path) -> 
     Where `out` has the result of these very photos, it is read. The shard is there before what is told of it.
     """
     photos = candidate.photos()
-    digests = {path.name: folders.sha256(path) for path in photos}
+    digests = {path.name: files.sha256(path) for path in photos}
     settings = [f"{name}={value}" for name, value in asdict(plan).items() if name != "provider"]
     key = folders.key([candidate.name, str(candidate.crowd), analyzer.sha256, *settings], digests)
     shard, done = out / f"{key}.tar", out / DONE / f"{key}.json"

@@ -28,7 +28,6 @@ from ..task import Batch, Task, start
 from . import encoder, views
 
 SHOWN = 8  # people
-APART = 15.0  # degrees, of the poses of drawn people
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ class Masked(Task):
         folder, side = self.settings.strangers, self.settings.side
         if folder:
             return ShardAlbum(Path(folder).glob("*.tar"), side=None)
-        return WorldAlbum("validation", side, each=self.settings.each, apart=APART)
+        return WorldAlbum("validation", side, each=self.settings.each, apart=views.APART)
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         encoder.save(self.encoder, folder, notes)

@@ -12,12 +12,19 @@ import torch
 from torch import Generator, Tensor
 
 from ...likeness import faces
-from ..base import latents
+from ..base import latents, portraits
 from ..base.portraits import Shards
-from ..base.source import Source, some
+from ..base.source import some
 from ..data import View
 
+APART = 15.0  # degrees, of any two poses of somebody (MFHQ, Sec. 3.4)
+
 Clusters = Sequence[Sequence[int]]
+
+
+def shards(source: object, each: int) -> Shards:
+    """The source with its people's views. Raises ValueError where there are none."""
+    return portraits.shards(source, f" --apart {APART:g} --each {each} --pairs 0")
 
 
 def check(least: int, most: int, targets: int, each: int) -> None:
@@ -27,16 +34,6 @@ def check(least: int, most: int, targets: int, each: int) -> None:
             f"got least, most, targets, each = {least}, {most}, {targets}, {each} in [task]; "
             "expected 1 <= least <= most <= each and 1 <= targets <= each"
         )
-
-
-def shards(source: Source, each: int) -> Shards:
-    """The source, as people have several pictures there. Raises ValueError where it is the drawn world itself."""
-    if isinstance(source, Shards):
-        return source
-    raise ValueError(
-        'got data = "world" in [run]; expected a folder of shards, in which people have several pictures; '
-        f"paint some by python -m training.shards FOLDER --apart 15 --each {each} --pairs 0"
-    )
 
 
 def people(source: Shards, below: int, count: int, each: int) -> Clusters:
