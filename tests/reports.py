@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import comfy.sd
@@ -14,6 +15,7 @@ from comfyui_likeness.nodes.loaders import face_analyzer
 from comfyui_likeness.tools import standin_faces, standin_flashface
 from comfyui_likeness.training.adapters import readers
 from comfyui_likeness.training.base import clip, unet, vae
+from comfyui_likeness.training.omni_id import encoder
 from comfyui_likeness.training.report import rows
 from comfyui_likeness.training.report.stack import Stack
 from comfyui_likeness.training.task import chance
@@ -25,7 +27,8 @@ PLACES = ((40, 48), (88, 48))  # the middles of the faces that the detector sees
 HALF = 18  # of a face's box
 POINTS = ((-7, -6), (7, -6), (0, 2), (-6, 9), (6, 9))  # from its middle
 STEPS = 2
-ADAPTERS = {rows.FACEID: "arcface", rows.IMAGE: "image", rows.FUSED: "clean", rows.INFINITE: "infinite"}
+OMNI = rows.OMNI.format("")
+ADAPTERS = {rows.FACEID: "arcface", rows.IMAGE: "image", rows.FUSED: "clean", rows.INFINITE: "infinite", OMNI: "omni"}
 HOSTS = {"arcface": "ipadapter", "image": "ipadapter"}  # folders of the host's; of the pack's own, likeness
 
 
@@ -70,7 +73,12 @@ def make(folder: Path, models: Path) -> Stack:
         place = models / HOSTS.get(kind, "likeness")
         stacks.task(kind, folder).save(place, {"steps": 1})
         (place / "made.safetensors").rename(place / file)
-    reference_net(folder / unet.FILE, models / "likeness" / rows.FLASHFACE)
+    own = models / "likeness"
+    reference_net(folder / unet.FILE, own / rows.FLASHFACE)
+    shutil.copyfile(folder / encoder.FILE, own / OMNI.removeprefix("demo_"))
+    for kind, file in (("arc2face", rows.ARC2FACE), ("adaface", rows.ADAFACE)):
+        stacks.words(kind, folder).save(folder, {})
+        shutil.copyfile(folder / f"made_{kind}.safetensors", own / file)
     pack = models / "insightface" / "models" / "demo"
     pack.mkdir(parents=True)
     detector(pack / "detector.onnx")

@@ -12,6 +12,8 @@ from comfyui_likeness.likeness.faces import head
 from comfyui_likeness.likeness.spec import Face
 from comfyui_likeness.nodes.photos import Taken
 from comfyui_likeness.training import data
+from comfyui_likeness.training.adaface import compose, inverter, teacher
+from comfyui_likeness.training.adaface.faces import FaceTask
 from comfyui_likeness.training.adapters import decoupled, fused, infinite_id
 from comfyui_likeness.training.adapters.stack import AdapterTask
 from comfyui_likeness.training.base import clip, recogniser, unet, vae
@@ -82,11 +84,31 @@ TASKS: Mapping[str, Callable[..., AdapterTask[Any]]] = {
     "clean": _fused("clean"), "match": _fused("match"), "infinite": _infinite,
 }  # fmt: skip
 
+WORDS: Mapping[str, tuple[Any, Any]] = {
+    "arc2face": (teacher.Settings, teacher.Teacher),
+    "adaface": (inverter.Settings, inverter.FaceDistillation),
+    "compose": (compose.Settings, compose.CompositionDistillation),
+}
+
 
 def task(kind: str, folder: Path, **told: Any) -> AdapterTask[Any]:
     """A task of TASKS on the stack in a folder."""
     files = {name: str(folder / file) for name, file in FILES.items()}
     return TASKS[kind](folder, file="made", side=SIDE, **files, **told)
+
+
+def words(kind: str, folder: Path, **told: Any) -> FaceTask[Any]:
+    """A task of WORDS on the stack in a folder, in which a teacher is, unless it is that."""
+    settings, task = WORDS[kind]
+    files = {name: str(folder / file) for name, file in FILES.items()}
+    own = {"file": f"made_{kind}", "side": SIDE, "pool": 10, "encoder": str(folder / RECOGNISER)}
+    if kind != "arc2face":
+        own |= {
+            name: str(folder / f"made_arc2face{end}")
+            for name, end in (("teacher", ".safetensors"), ("teacher_unet", teacher.UNET))
+        }
+        own |= {"mix": (2.0,), "denoise": 2}
+    return task(settings(**{**files, **own, **told}), Shards(folder), 5)
 
 
 def taken(view: data.View) -> Taken:

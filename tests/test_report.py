@@ -17,7 +17,8 @@ from comfyui_likeness.training.report import document, expected, finish, measure
 from comfyui_likeness.training.report.expected import Claim
 
 PEOPLE, PROMPTS = 2, 2
-UNSHIPPED = {*rows.PLACED.values(), rows.INFINITE_PLAIN}
+UNSHIPPED = {*rows.PLACED.values(), rows.INFINITE_PLAIN, rows.ADAFACE_FACE}
+UNSHIPPED |= {rows.OMNI.format(f"_{ends}") for ends in rows.ENCODERS}
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from comfyui_likeness.training.adaface.expand import expanded
 from comfyui_likeness.training.adaface.faces import FaceTask
 from comfyui_likeness.training.adaface.features import watching
 from comfyui_likeness.training.base import clip, unet
-from comfyui_likeness.training.base.portraits import Shards
 from comfyui_likeness.training.task import chance
 from prompters import clip as host_clip
 from safetensors.torch import load_file
@@ -28,11 +27,6 @@ from torch.nn.functional import normalize
 from trainings import fit
 
 CPU = torch.device("cpu")
-KINDS = {
-    "arc2face": (teacher.Settings, teacher.Teacher),
-    "adaface": (inverter.Settings, inverter.FaceDistillation),
-    "compose": (compose.Settings, compose.CompositionDistillation),
-}
 TRAINED = {"arc2face": ("text.", "model."), "adaface": ("inverter.",), "compose": ("inverter.",)}
 
 
@@ -40,25 +34,12 @@ TRAINED = {"arc2face": ("text.", "model."), "adaface": ("inverter.",), "compose"
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base stack, and a teacher that differs from it."""
     made = stacks.make(tmp_path_factory.mktemp("stack"))
-    task = make("arc2face", made)
+    task = stacks.words("arc2face", made)
     with torch.no_grad():
         for name, value in task.named_parameters():
             value += 0.02 * torch.randn(value.shape, generator=chance(len(name)))
     task.save(made, {})
     return made
-
-
-def make(kind: str, stack: Path, **told: Any) -> FaceTask[Any]:
-    settings, task = KINDS[kind]
-    files = {name: str(stack / file) for name, file in stacks.FILES.items()}
-    own = {"file": f"made_{kind}", "side": stacks.SIDE, "pool": 10, "encoder": str(stack / stacks.RECOGNISER)}
-    if kind != "arc2face":
-        own |= {
-            name: str(stack / f"made_arc2face{end}")
-            for name, end in (("teacher", ".safetensors"), ("teacher_unet", teacher.UNET))
-        }
-        own |= {"mix": (2.0,), "denoise": 2}
-    return task(settings(**{**files, **own, **told}), Shards(stack), 5)
 
 
 def test_orthogonal_subtraction_by_hand() -> None:
@@ -102,7 +83,7 @@ def test_face_preserving_by_hand() -> None:
 
 
 def test_what_the_cross_attentions_see(stack: Path) -> None:
-    task = make("adaface", stack)
+    task = stacks.words("adaface", stack)
     model = task.frozen.model
     noisy, text = torch.randn(2, 4, 16, 16, generator=chance(1)), torch.randn(2, 77, 32, generator=chance(2))
     with torch.no_grad():
@@ -119,16 +100,16 @@ def test_what_the_cross_attentions_see(stack: Path) -> None:
     assert torch.allclose(site.to_out((first.maps.mT @ v).transpose(1, 2).flatten(2)), first.outputs, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", stacks.WORDS)
 def test_the_task_learns_and_nothing_else(stack: Path, tmp_path: Path, kind: str) -> None:
     made: list[FaceTask[Any]] = []
 
     def again() -> FaceTask[Any]:
-        made.append(make(kind, stack))
+        made.append(stacks.words(kind, stack))
         return made[0]
 
     fit(again, tmp_path, steps=5, batch=4, rate=2e-3, warmup=0, draw_every=9, ema=0.0)
-    (task,), fresh = made, make(kind, stack)
+    (task,), fresh = made, stacks.words(kind, stack)
 
     def loss(of: FaceTask[Any]) -> Tensor:
         return torch.stack([*of(of.batch(chance(9), 6)).values()]).sum()
@@ -146,7 +127,7 @@ def test_the_task_learns_and_nothing_else(stack: Path, tmp_path: Path, kind: str
 
 def test_what_of_the_teachers_unet_is_trained(stack: Path) -> None:
     named = {
-        how: {name for name in stacks.trained(make("arc2face", stack, trains=how)) if name.startswith("model.")}
+        how: {name for name in stacks.trained(stacks.words("arc2face", stack, trains=how)) if name.startswith("model.")}
         for how in teacher.TRAINS
     }
     assert not named["nothing"] and named["attentions"] < named["all"]
@@ -154,7 +135,7 @@ def test_what_of_the_teachers_unet_is_trained(stack: Path) -> None:
         "to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight", "to_out.0.bias",
     }  # fmt: skip
     with pytest.raises(ValueError, match="got trains = 'some'"):
-        make("arc2face", stack, trains="some")
+        stacks.words("arc2face", stack, trains="some")
 
 
 def identity(task: FaceTask[Any], read: Tensor) -> Identity:
@@ -165,7 +146,7 @@ def identity(task: FaceTask[Any], read: Tensor) -> Identity:
 
 
 def test_the_files_load_and_say_what_was_trained(stack: Path, folder: Path) -> None:
-    face, task = make("arc2face", stack), make("adaface", stack)
+    face, task = stacks.words("arc2face", stack), stacks.words("adaface", stack)
     assert isinstance(task, inverter.FaceDistillation)
     for one in (face, task):
         one.save(folder / "likeness", {"steps": 3})
@@ -205,7 +186,7 @@ def nodes_table(text: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_rows_of_tokens_are_the_hosts(stack: Path) -> None:
-    task = make("compose", stack)
+    task = stacks.words("compose", stack)
     assert isinstance(task, compose.CompositionDistillation)
     (row,) = task.composed(["a photo of a smiling person in red, at a beach"])
     at = row.index(words.PLACE)
@@ -222,7 +203,7 @@ def test_rows_of_tokens_are_the_hosts(stack: Path) -> None:
 
 
 def test_a_face_fills_as_many_words_as_it_needs(stack: Path) -> None:
-    task = make("arc2face", stack)
+    task = stacks.words("arc2face", stack)
     assert isinstance(task, teacher.Teacher)
     faces = normalize(torch.randn(1, 512, generator=chance(1)), dim=-1)
     seen: list[Tensor] = []
@@ -237,7 +218,7 @@ def test_a_face_fills_as_many_words_as_it_needs(stack: Path) -> None:
 
 
 def test_the_distance_is_that_of_noises_along_the_teachers_way(stack: Path) -> None:
-    task = make("adaface", stack, random=0.0)
+    task = stacks.words("adaface", stack, random=0.0)
     assert isinstance(task, inverter.FaceDistillation)
     batch = task.batch(chance(3), 2)
     batch["times"] = torch.tensor([[900, 700], [300, 200]])
@@ -259,7 +240,7 @@ def test_the_distance_is_that_of_noises_along_the_teachers_way(stack: Path) -> N
 
 
 def test_random_faces_are_a_part_and_their_pictures_noise(stack: Path) -> None:
-    task = make("adaface", stack, random=0.4, denoise=3)
+    task = stacks.words("adaface", stack, random=0.4, denoise=3)
     batch = task.batch(chance(2), 400)
     drawn = batch["random"]
     assert float(drawn.float().mean()) == pytest.approx(0.4, abs=0.06)
@@ -274,12 +255,12 @@ def test_random_faces_are_a_part_and_their_pictures_noise(stack: Path) -> None:
 
 
 def test_expansion_keeps_what_the_inverter_says(stack: Path, tmp_path: Path) -> None:
-    first = make("adaface", stack)
+    first = stacks.words("adaface", stack)
     first.save(tmp_path, {})
     file = str(tmp_path / "made_adaface.safetensors")
     same, wide = (
-        make("adaface", stack, begin=file, copies=(4,), spread=0.0),
-        make("adaface", stack, begin=file, copies=(4,)),
+        stacks.words("adaface", stack, begin=file, copies=(4,), spread=0.0),
+        stacks.words("adaface", stack, begin=file, copies=(4,)),
     )
     taught = torch.randn(2, 77, 32, generator=chance(1))
     with torch.no_grad():
@@ -291,7 +272,7 @@ def test_expansion_keeps_what_the_inverter_says(stack: Path, tmp_path: Path) -> 
     assert all(float((copies[i] - copies[0]).std()) > 0 for i in (1, 2, 3)) and not torch.equal(copies[1], copies[2])
     # It is saved, and widened once more, as it was.
     wide.save(tmp_path, {})
-    again = make("adaface", stack, begin=file, copies=(8,))
+    again = stacks.words("adaface", stack, begin=file, copies=(8,))
     assert again.inverter.text.layers[0].self_attn.copies == 8
     assert again.inverter.text.layers[0].self_attn.k_proj.weight.shape == (256, 32)
     for copies_, message in (
@@ -299,7 +280,7 @@ def test_expansion_keeps_what_the_inverter_says(stack: Path, tmp_path: Path) -> 
         ((6,), r"copies = 6 for layer 0 in \[task\], which has 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            make("adaface", stack, begin=file, copies=copies_)
+            stacks.words("adaface", stack, begin=file, copies=copies_)
 
 
 def test_widened_weights_by_hand() -> None:
@@ -315,14 +296,14 @@ def test_widened_weights_by_hand() -> None:
 
 
 def test_composition_sees_the_same_noise_and_the_face(stack: Path) -> None:
-    task = make("compose", stack)
+    task = stacks.words("compose", stack)
     assert isinstance(task, compose.CompositionDistillation)
     batch = task.batch(chance(4), 3)
     assert batch["masks"].shape == (3, stacks.SIDE, stacks.SIDE) and 0.01 < batch["masks"].float().mean() < 0.5
     found = task(batch)
     assert list(found) == ["prompts", "maps", "outputs", "preserved", "face"]
     assert all(value.isfinite() and value > 0 for value in found.values())
-    lone = make("compose", stack, face=0.0, delta=2.0, preserve=0.5)
+    lone = stacks.words("compose", stack, face=0.0, delta=2.0, preserve=0.5)
     weighed = lone(batch)
     assert list(weighed) == list(found)[:-1]
     for name, factor in (("prompts", 2.0), ("maps", 2.0), ("outputs", 2.0), ("preserved", 0.5)):
@@ -330,7 +311,7 @@ def test_composition_sees_the_same_noise_and_the_face(stack: Path) -> None:
 
 
 def test_it_tells_whether_it_still_gains(stack: Path) -> None:
-    task = make("adaface", stack)
+    task = stacks.words("adaface", stack)
     assert isinstance(task, inverter.FaceDistillation)
     with torch.no_grad():
         first, second = task.progress(chance(0)), task.progress(chance(0))
@@ -342,9 +323,9 @@ def test_it_tells_whether_it_still_gains(stack: Path) -> None:
 
 
 def test_what_cannot_be_trained_is_said(stack: Path) -> None:
-    task = make("adaface", stack)
+    task = stacks.words("adaface", stack)
     with pytest.raises(ValueError, match="expected @ in the prompt"):
         replace(task.settings, prompt="a photo")
     with pytest.raises(ValueError, match="got text.safetensors, which is not Arc2Face's text encoder"):
-        make("adaface", stack, teacher=str(stack / clip.TEXT))
+        stacks.words("adaface", stack, teacher=str(stack / clip.TEXT))
     assert isinstance(task.frozen.model, type(unet.load(stack / unet.FILE)))

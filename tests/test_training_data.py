@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import torch
 from comfyui_likeness.training import world
-from comfyui_likeness.training.data import ClusterBatches, Clusters, Plan, ShardAlbum, View, WorldAlbum, write_shards
+from comfyui_likeness.training.data import (
+    ClusterBatches,
+    Clusters,
+    Plan,
+    ShardAlbum,
+    View,
+    WorldAlbum,
+    lowest,
+    write_shard,
+    write_shards,
+)
 from comfyui_likeness.training.portrait import people
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -77,6 +87,19 @@ def test_portrait_world_as_shards_is_painted_once(tmp_path):
     subprocess.run([*map(str, words)], cwd=ROOT, check=True)
     again = [file.stat().st_mtime_ns for file in sorted(tmp_path.glob("*.tar"))]
     assert again[0] > stamps[0] and again[1] == stamps[1]
+
+
+def test_pictures_with_low_faces_are_left_out(tmp_path):
+    heights = [lowest(ALBUM.view(1, number)) for number in range(12)]
+    least = sorted(heights)[5]
+    path = write_shard(ALBUM, range(1, 2), tmp_path / "one.tar", 12, lossless=True, least=least)
+    album, kept = ShardAlbum([path], SIDE), [number for number in range(12) if heights[number] >= least]
+    assert 0 < len(kept) < 12 and album.pictures(0) == len(kept)
+    assert all(same(album.view(0, place), ALBUM.view(1, number)) for place, number in enumerate(kept))
+    pair = WorldAlbum("validation", SIDE, 4, 1, figures=2)
+    for view in (pair.view(number, 0) for number in range(4)):
+        low, high = sorted([view.box[3] - view.box[1], view.others[0, 1, 1] - view.others[0, 0, 1]])
+        assert lowest(view) == pytest.approx(float(low)) and low < high
 
 
 def test_webdataset_reads_the_shards(shards):

@@ -258,15 +258,20 @@ def write_shards(
 
 
 def write_shard(
-    album: Album, people: range, path: Path, pictures: int, lossless: bool = False, masks: bool = True
+    album: Album, people: range, path: Path, pictures: int, lossless: bool = False, masks: bool = True, least: float = 0
 ) -> Path:
-    """Write one shard, whole or not at all; without `masks` where the boxes are all that is known."""
+    """Write one shard, whole or not at all; without `masks` where the boxes are all that is known.
+
+    Of so many pictures of everyone, those on which a face is less than `least` pixels high are left out.
+    """
     kind, options = ("png", {}) if lossless else ("jpeg", {"quality": JPEG, "subsampling": 0})
     part = path.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
         for identity in people:
             for number in range(min(pictures, album.pictures(identity))):
                 view = album.view(identity, number)
+                if lowest(view) < least:
+                    continue
                 about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
                 about |= {"others": view.others.tolist()} if len(view.others) else {}
                 stem = f"{album.name(identity)}/{number}"
@@ -276,6 +281,12 @@ def write_shard(
                     _add(tar, f"{stem}.{MASK_NAME}", _encode(view.mask.to(torch.uint8) * 255, "png", {}))
     os.replace(part, path)
     return path
+
+
+def lowest(view: View) -> float:
+    """The height of the smallest face of a picture, in pixels."""
+    boxes = torch.cat([view.box.float().view(1, 2, 2), view.others[:, :2].float()])
+    return float((boxes[:, 1] - boxes[:, 0])[:, 1].min())
 
 
 def _encode(picture: Tensor, kind: str, options: dict[str, int]) -> bytes:

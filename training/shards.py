@@ -15,8 +15,8 @@ from .portrait.people import SPLITS
 PER_SHARD = 250  # people
 
 
-def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path, int]]:
-    """What there is to write, for write_shard: people alone, then pairs, but for the shards that are there."""
+def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path]]:
+    """What there is to write: people alone, then pairs, but for the shards that are there."""
     albums = {
         "alone": WorldAlbum(given.split, given.side, given.people, given.each, apart=given.apart),
         "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, figures=2),
@@ -27,7 +27,7 @@ def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, r
             path = folder / f"{name}-{number:06d}.tar"
             people = range(start, min(start + PER_SHARD, len(album)))
             if not path.exists():
-                found.append((album, people, path, album.each))
+                found.append((album, people, path))
     return found
 
 
@@ -40,12 +40,16 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--apart", type=float, default=0.0, help="degrees of pose between any two of somebody's")
     parser.add_argument("--pairs", type=int, default=7000, help="pictures of two people")
     parser.add_argument("--side", type=int, default=128, help="pixels of a picture")
+    parser.add_argument("--least", type=float, default=0.0, help="pixels; pictures with a lower face are left out")
     given = parser.parse_args(words)
     given.folder.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
 
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        waiting = [pool.submit(write_shard, *task) for task in missing(given.folder, given)]
+        waiting = [
+            pool.submit(write_shard, album, people, path, album.each, least=given.least)
+            for album, people, path in missing(given.folder, given)
+        ]
         for done in tqdm(waiting, desc="shards"):
             done.result()
     return 0

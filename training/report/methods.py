@@ -17,15 +17,16 @@ from ...nodes.attention.fused import ApplyFused
 from ...nodes.attention.mixed import ApplyMixed
 from ...nodes.attention.reference import ApplyReference
 from ...nodes.people import MakePerson
+from ...nodes.prompt import PromptWithIdentity
 from .. import world
 from .prompts import PAIRS, SPLIT, scenes
 from .sitters import Sitter
 from .stack import Stack
 
 Who = Identity | People
-Patch = Callable[[Stack, Who], ModelPatcher]
 ALWAYS = 1000  # the launch from which reference guidance runs at every step
 LAMBDA_FEAT, LAMBDA_REF = 0.85, 2.0  # the paper's own
+CLASS = "person"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,30 +53,34 @@ class Asked:
 
 
 Make = Callable[[Asked], Tensor]  # -> pictures [p, H, W, 3]
+Patch = Callable[[Asked], ModelPatcher]
 
 
 def painted(patch: Patch | None, asked: Asked) -> Tensor:
     """By the model with a method in it; without one as it is."""
-    model = asked.stack.model if patch is None else patch(asked.stack, asked.who)
-    return asked.stack.paint(model, asked.texts, asked.sitters[0].number)
+    model = asked.stack.model if patch is None else patch(asked)
+    return asked.stack.paint(model, asked.stack.words(asked.texts), asked.sitters[0].number)
 
 
 def _window(**told: Any) -> dict[str, Any]:
     return {"start_percent": 0.0, "end_percent": 1.0, **told}
 
 
-def decoupled(file: str) -> Make:
-    def patch(stack: Stack, who: Who) -> ModelPatcher:
-        told = _window(strength=1.0, layer_weights="linear", scaling="V only")
+def decoupled(file: str, omni: str = "") -> Make:
+    """With the file of an Omni-ID encoder, to its tokens of all photos together."""
+
+    def patch(asked: Asked) -> ModelPatcher:
+        stack, told = asked.stack, _window(strength=1.0, layer_weights="linear", scaling="V only")
+        who = asked.sitters[0].together(asked.photos, stack.omni(omni)) if omni else asked.who
         return ApplyDecoupled.execute(stack.model, stack.adapter(file), who, **told).args[0]
 
     return partial(painted, patch)
 
 
 def fused(file: str) -> Make:
-    def patch(stack: Stack, who: Who) -> ModelPatcher:
-        told = _window(strength=1.0, outside="all")
-        return ApplyFused.execute(stack.model, stack.adapter(file), who, stack.eye, **told).args[0]
+    def patch(asked: Asked) -> ModelPatcher:
+        stack, told = asked.stack, _window(strength=1.0, outside="all")
+        return ApplyFused.execute(stack.model, stack.adapter(file), asked.who, stack.eye, **told).args[0]
 
     return partial(painted, patch)
 
@@ -83,10 +88,10 @@ def fused(file: str) -> Make:
 def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> Make:
     """As the paper's Eq. 2 and 3 have it: at every step, each photo once, without rescaling."""
 
-    def patch(stack: Stack, who: Who) -> ModelPatcher:
-        model, net = stack.flashface(file)
+    def patch(asked: Asked) -> ModelPatcher:
+        model, net = asked.stack.flashface(file)
         told = _window(strength=feat, reference_guidance=ref, launch=ALWAYS, rescale=0.0, show_at_least=1)
-        return ApplyReference.execute(model, net, who, stack.eye, **told).args[0]
+        return ApplyReference.execute(model, net, asked.who, asked.stack.eye, **told).args[0]
 
     return partial(painted, patch)
 
@@ -94,11 +99,24 @@ def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> 
 def infinite(file: str, attention: str = "mixed", style: str = "AdaIN-mean") -> Make:
     """As the paper has it: mixed attention with a text stream of its own, and AdaIN-mean."""
 
-    def patch(stack: Stack, who: Who) -> ModelPatcher:
-        told = _window(strength=1.0, style=style, attention=attention, text_stream="own")
-        return ApplyMixed.execute(stack.model, stack.adapter(file), who, **told).args[0]
+    def patch(asked: Asked) -> ModelPatcher:
+        stack, told = asked.stack, _window(strength=1.0, style=style, attention=attention, text_stream="own")
+        return ApplyMixed.execute(stack.model, stack.adapter(file), asked.who, **told).args[0]
 
     return partial(painted, patch)
+
+
+def adaface(file: str, arc2face: str) -> Make:
+    """The person in the place of the prompts' class word; the model is as it is."""
+
+    def make(asked: Asked) -> Tensor:
+        stack, told = asked.stack, {"strength": 1.0, "class_word": CLASS, "placeholder": CLASS}
+        prompter = stack.prompter(file, arc2face)
+        said = [PromptWithIdentity.execute(stack.clip, prompter, asked.who, text=text, **told).args[0]
+                for text in asked.texts]  # fmt: skip
+        return stack.paint(stack.model, torch.cat([words for ((words, _),) in said]), asked.sitters[0].number)
+
+    return make
 
 
 bare: Make = partial(painted, None)

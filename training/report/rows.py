@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import methods
 from .expected import Claim
@@ -13,6 +13,15 @@ FEATS, REFS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 1.0, 2.0, 3.0)
 FACEID, IMAGE, FUSED = "demo_faceid.safetensors", "demo_plus_face.safetensors", "demo_fused.safetensors"
 FLASHFACE = "demo_flashface.safetensors"
 INFINITE, INFINITE_PLAIN = "demo_infinite_id.safetensors", "demo_infinite_id_plain.safetensors"
+ADAFACE, ADAFACE_FACE, ARC2FACE = (
+    f"demo_{name}.safetensors" for name in ("adaface", "adaface_face", "arc2face")
+)  # fmt: skip
+OMNI = "demo_omni_id{}.safetensors"  # and the encoder it was trained to, by the same name without demo_
+# How else an encoder of Omni-ID's was trained: what its files' names end with -> the row's name.
+ENCODERS = {
+    "3_5": "up to 3 photos to 5", "3_1": "up to 3 photos to 1", "8_8": "up to 8 photos to 8",
+    "mask_85": "mask 0.85", "mask_99": "mask 0.99", "flow": "without the masked decoder",
+}  # fmt: skip
 PLACED = {
     "encoder": "demo_flashface_encoder.safetensors", "both": "demo_flashface_both.safetensors",
 }  # fmt: skip
@@ -48,6 +57,11 @@ def _mixed(attention: str, style: str) -> Row:
     return Row(f"{attention}, {style}", make, INFINITE, people=24, prompts=6)
 
 
+def _omni(name: str, ends: str = "", photos: int = 3) -> Row:
+    adapter = OMNI.format(ends)
+    return _few(name, methods.decoupled(adapter, adapter.removeprefix("demo_")), adapter, photos)
+
+
 def _pair(name: str, make: Make, file: str = "") -> Row:
     return Row(name, make, file, "pairs", people=32, prompts=2)
 
@@ -60,6 +74,11 @@ ROWS: Mapping[str, Row] = {
     "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
     "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
     "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
+    "omni": replace(_omni("Omni-ID"), people=64, prompts=8),
+    "adaface": Row("AdaFace", methods.adaface(ADAFACE, ARC2FACE), ADAFACE),
+    "adaface_face": Row(
+        "AdaFace, without composition distillation", methods.adaface(ADAFACE_FACE, ARC2FACE), ADAFACE_FACE
+    ),
     "as_asked": Row("the person, drawn as asked", methods.as_asked),
     "second_photo": Row("another real photo of the person", methods.second_photos, kind="photos"),
     "stranger": Row("a stranger, drawn as asked", methods.another),
@@ -80,6 +99,8 @@ ROWS: Mapping[str, Row] = {
     "mixed_none": _mixed("mixed", "none"),
     "mixed_mutual": _mixed("mutual", "AdaIN-mean"),
     "mixed_off": _mixed("off", "AdaIN-mean"),
+    **{f"photos_{n}": _omni(f"{n} photo{'s' * (n > 1)}", photos=n) for n in range(1, 4)},
+    **{f"encoder_{ends}": _omni(name, f"_{ends}") for ends, name in ENCODERS.items()},
     "pair_bare": _pair("no adapter", methods.bare),
     "pair_fused": _pair("fused KV", methods.fused(FUSED), FUSED),
     "pair_decoupled": _pair("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
@@ -102,8 +123,8 @@ def _keys(prefix: str) -> list[str]:
     return [key for key in ROWS if key.startswith(prefix)]
 
 
-METHODS = ("decoupled_arcface", "decoupled_image", "fused", "flashface", "infinite")
-MAIN = ["bare", *METHODS, "infinite_plain", "as_asked", "second_photo", "stranger"]
+METHODS = ("decoupled_arcface", "decoupled_image", "fused", "flashface", "infinite", "omni", "adaface")
+MAIN = ["bare", *METHODS, "infinite_plain", "adaface_face", "as_asked", "second_photo", "stranger"]
 PLACES = ["placed_encoder", "placed_both", "flashface_4"]
 TABLES = (
     Table(
@@ -125,6 +146,11 @@ TABLES = (
         "Infinite-ID: mixed attention", _keys("mixed_"),
         "Table 2 and Fig. 8: what self-attention reads, and how the identity's features are brought to the text's.",
         "attention, style",
+    ),
+    Table("Omni-ID: photos", _keys("photos_"), "Fig. 6: photos that are read together.", "photos"),
+    Table(
+        "Omni-ID: training", ["photos_3", *_keys("encoder_")],
+        "Table 2: the first row is up to 3 photos to 8, mask 0.95, both stages.", "encoder",
     ),
     Table("Two people", _keys("pair_"), "Each in a half of the picture, by masks; a bootstrap over pairs."),
 )  # fmt: skip
@@ -149,6 +175,16 @@ CLAIMS = (
     Claim("AdaIN costs likeness, AdaIN-mean less (Infinite-ID)", "rising", ("mixed_adain", "mixed_mean", "mixed_none")),
     Claim("AdaIN-mean finds the style (Infinite-ID)", "rising", ("mixed_none", "mixed_mean"), "style"),
     Claim("AdaIN finds the style (Infinite-ID)", "rising", ("mixed_none", "mixed_adain"), "style"),
+    Claim("Omni-ID's tokens are above ArcFace's (Omni-ID, Table 1)", "rising", ("decoupled_arcface", "omni")),
+    Claim("Omni-ID's tokens are above the image's (Omni-ID, Table 1)", "rising", ("decoupled_image", "omni")),
+    Claim("more photos are better (Omni-ID)", "rising", tuple(_keys("photos_"))),
+    Claim("to 8 is above to 5, and that above to 1 (Omni-ID, Table 2)", "rising",
+          ("encoder_3_1", "encoder_3_5", "photos_3")),
+    Claim("a mask of 0.95 is above 0.85 (Omni-ID, Table 2)", "rising", ("encoder_mask_85", "photos_3")),
+    Claim("a mask of 0.95 is above 0.99 (Omni-ID, Table 2)", "rising", ("encoder_mask_99", "photos_3")),
+    Claim("the masked decoder helps (Omni-ID, Table 2)", "rising", ("encoder_flow", "photos_3")),
+    Claim("composition distillation keeps to the prompt (AdaFace, Sec. 2.3)", "rising", ("adaface_face", "adaface"),
+          "clip"),
     Claim("two people by fused KV are who they should be in 95% of the pictures", "least", ("pair_fused",), "right",
           by=0.95),
 )  # fmt: skip

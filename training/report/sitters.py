@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...likeness.spec import Identity
 from ...nodes.encode import EncodeIdentity
 from ...nodes.identity import MergeIdentities
+from ...nodes.types import OmniEncoder
 from .. import metrics, world
 from .prompts import ALONE, SPLIT, Prompt, scenes
 from .stack import Stack
@@ -66,11 +68,16 @@ class Sitter:
     def identity(self, photos: int) -> Identity:
         """The first photos by Encode Identity, each once, put together by Merge Identities."""
         for i in range(len(self._encoded), photos):
-            self._encoded[i] = EncodeIdentity.execute(
-                {"photo_1": self.photos[i : i + 1]}, self.name, "largest", "stop", self.stack.analyzer,
-                self.stack.vision,
-            ).args[0]  # fmt: skip
+            self._encoded[i] = self._encode(self.photos[i : i + 1], image_encoder=self.stack.vision)
         if photos == 1:
             return self._encoded[0]
         each = {f"identity_{i + 1}": self._encoded[i] for i in range(photos)}
         return MergeIdentities.execute(each, "concatenate").args[0]
+
+    def together(self, photos: int, omni: OmniEncoder) -> Identity:
+        """The first photos by Encode Identity with an Omni-ID encoder."""
+        return self._encode(self.photos[:photos], omni_id=omni)
+
+    def _encode(self, pictures: Tensor, **told: Any) -> Identity:
+        given = {"photo_1": pictures}
+        return EncodeIdentity.execute(given, self.name, "largest", "stop", self.stack.analyzer, **told).args[0]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...likeness import faces
 from ...likeness.spec import Face
-from ...nodes.loaders import adapter, demo, face_analyzer, files, flashface
-from ...nodes.types import Analyzer, LoadedReferenceNet
+from ...nodes.loaders import adaface, adapter, demo, face_analyzer, files, flashface, omni_id
+from ...nodes.types import Analyzer, LoadedPrompter, LoadedReferenceNet, OmniEncoder
 from ..adapters.readers import ArcFace
 from ..base import unet
 from ..base.recogniser import SIDE, VECTOR
@@ -68,6 +68,14 @@ class Stack:
         base = self.model if files.shape(file, flashface.FOLDER, PAINTS) is None else None
         return self._once(file, lambda: flashface.LoadFlashFace.execute(file, base, CACHE).args)
 
+    def omni(self, file: str) -> OmniEncoder:
+        """By Load Omni-ID Encoder, once."""
+        return self._once(file, lambda: omni_id.LoadOmniID.execute(file).args[0])
+
+    def prompter(self, file: str, arc2face: str) -> LoadedPrompter:
+        """By Load AdaFace, once."""
+        return self._once(file, lambda: adaface.LoadAdaFace.execute(file, arc2face).args[0])
+
     def _once(self, file: str, load: Any) -> Any:
         if file not in self._loaded:
             self._loaded[file] = load()
@@ -80,12 +88,15 @@ class Stack:
             self._texts[text] = words, told["pooled_output"]
         return self._texts[text]
 
-    def paint(self, model: ModelPatcher, texts: Sequence[str], seed: int) -> Tensor:
+    def words(self, texts: Sequence[str]) -> Tensor:
+        """Prompts as the UNet reads them, [p, 77, width]."""
+        return torch.cat([self.text(text)[0] for text in texts])
+
+    def paint(self, model: ModelPatcher, words: Tensor, seed: int) -> Tensor:
         """A picture of each prompt [p, H, W, 3], by the host's own sampler; the same noise for every model."""
-        positive = torch.cat([self.text(text)[0] for text in texts])
-        latent = torch.zeros(len(texts), 4, LATENT, LATENT)
+        latent = torch.zeros(len(words), 4, LATENT, LATENT)
         made = comfy.sample.sample(
-            model, comfy.sample.prepare_noise(latent, seed), positive=[[positive, {}]],
+            model, comfy.sample.prepare_noise(latent, seed), positive=[[words, {}]],
             negative=[[self.text("")[0], {}]], latent_image=latent, disable_pbar=True, seed=seed,
             **{**unet.SAMPLING, "steps": self.steps},
         )  # fmt: skip
