@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfyui_likeness.likeness import own_file
 from comfyui_likeness.likeness.faces import head
 from comfyui_likeness.likeness.spec import Face
+from comfyui_likeness.nodes.loaders import files
 from comfyui_likeness.nodes.photos import Taken
 from comfyui_likeness.training import data
 from comfyui_likeness.training.adaface import compose, inverter, teacher
@@ -20,6 +22,7 @@ from comfyui_likeness.training.base import clip, recogniser, unet, vae
 from comfyui_likeness.training.base.portraits import Shards
 from comfyui_likeness.training.omni_id import encoder, flow
 from comfyui_likeness.training.task import start
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainings import DISCS
 
@@ -41,13 +44,20 @@ def make(folder: Path) -> Path:
     clip.ClipPair(TOWERS, DISCS, 2).save(folder, {})
     recogniser.Recogniser(FACES, DISCS, 3).save(folder, {})
     encoder.save(encoder.fresh(OMNI, 6), folder, {})
-    files = {name: str(folder / FILES[name]) for name in ("vae", "text")}
-    denoiser = unet.TextToImage(unet.Settings(**UNET, **files), DISCS, 0)
+    parts = {name: str(folder / FILES[name]) for name in ("vae", "text")}
+    denoiser = unet.TextToImage(unet.Settings(**UNET, **parts), DISCS, 0)
     start(denoiser.model.diffusion_model, 4)  # a fresh one's attentions give 0, and teach nothing
     denoiser.save(folder, {})
     data.write_shards(data.WorldAlbum("train", SIDE, 3), folder, 3, lossless=True)
     data.write_shard(data.WorldAlbum("train", SIDE, 1, figures=2), range(1), folder / "pairs.tar", 1, lossless=True)
     return folder
+
+
+def velocity(folder: Path, file: Path) -> Path:
+    """The stack's UNet in a file that has it say the velocity."""
+    settings = (files.told(folder / unet.FILE) or {})["settings"] | {"prediction": "velocity"}
+    save_file(load_file(folder / unet.FILE), file, own_file.metadata("unet", "SD1.5", {}, settings=settings))
+    return file
 
 
 def _arcface(folder: Path, **told: Any) -> AdapterTask[Any]:
@@ -93,14 +103,14 @@ WORDS: Mapping[str, tuple[Any, Any]] = {
 
 def task(kind: str, folder: Path, **told: Any) -> AdapterTask[Any]:
     """A task of TASKS on the stack in a folder."""
-    files = {name: str(folder / file) for name, file in FILES.items()}
-    return TASKS[kind](folder, file="made", side=SIDE, **files, **told)
+    parts = {name: str(folder / file) for name, file in FILES.items()}
+    return TASKS[kind](folder, file="made", side=SIDE, **parts, **told)
 
 
 def words(kind: str, folder: Path, **told: Any) -> FaceTask[Any]:
     """A task of WORDS on the stack in a folder, in which a teacher is, unless it is that."""
     settings, task = WORDS[kind]
-    files = {name: str(folder / file) for name, file in FILES.items()}
+    parts = {name: str(folder / file) for name, file in FILES.items()}
     own = {"file": f"made_{kind}", "side": SIDE, "pool": 10, "encoder": str(folder / RECOGNISER)}
     if kind != "arc2face":
         own |= {
@@ -108,7 +118,7 @@ def words(kind: str, folder: Path, **told: Any) -> FaceTask[Any]:
             for name, end in (("teacher", ".safetensors"), ("teacher_unet", teacher.UNET))
         }
         own |= {"mix": (2.0,), "denoise": 2}
-    return task(settings(**{**files, **own, **told}), Shards(folder), 5)
+    return task(settings(**{**parts, **own, **told}), Shards(folder), 5)
 
 
 def taken(view: data.View) -> Taken:

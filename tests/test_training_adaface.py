@@ -10,6 +10,7 @@ import pytest
 import stacks
 import torch
 from analyzers import folder as folder
+from comfy.model_base import ModelType
 from comfyui_likeness.likeness import adaface, arc2face, clip_text
 from comfyui_likeness.likeness.spec import Identity
 from comfyui_likeness.nodes import prompt as nodes
@@ -200,6 +201,11 @@ def test_rows_of_tokens_are_the_hosts(stack: Path) -> None:
     assert first[1] == words.PLACE and first[17:19] == clip.tokenize(task.tokenizer, ["two dogs"])[0][1:3]
     (cut,) = task.composed([f"{'very ' * 65} person"])
     assert len(cut) == 77 and cut.count(words.PLACE) == 10 and cut[-1] == clip_text.END
+
+
+def test_the_teacher_says_what_the_base_does(stack: Path, tmp_path: Path) -> None:
+    stacks.words("arc2face", stack, unet=str(stacks.velocity(stack, tmp_path / "unet.safetensors"))).save(tmp_path, {})
+    assert unet.load(tmp_path / f"made_arc2face{teacher.UNET}").model_type == ModelType.V_PREDICTION
 
 
 def test_a_face_fills_as_many_words_as_it_needs(stack: Path) -> None:

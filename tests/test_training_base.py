@@ -223,6 +223,30 @@ def test_the_loss_is_the_noises(trained: Path) -> None:
     assert torch.allclose(given[0], scaled, atol=1e-5)
 
 
+@pytest.mark.parametrize("snr", [math.inf, 5.0])
+def test_the_loss_of_the_velocity(trained: Path, tmp_path: Path, snr: float) -> None:
+    task = unet.TextToImage(replace(small_unet(trained), prediction="velocity", snr=snr), DISCS, 0)
+    batch = task.batch(chance(1), 6)
+    clear = task.model.process_latent_in(latents.encode(task.frozen.autoencoder, batch["pictures"]))
+    sigma = task.model.model_sampling.sigma(batch["times"])[:, None, None, None]
+    velocity = (batch["noise"] - sigma * clear) / (1 + sigma**2) ** 0.5
+    # Its last layer begins at 0. min(SNR + 1, 5) / (SNR + 1) each
+    ratio = sigma.flatten() ** -2
+    counts = (ratio + 1).clamp(max=snr) / (ratio + 1)
+    wanted = (velocity.square().mean((1, 2, 3)) * counts).mean()
+    assert float(task(batch)["noise"].detach()) == pytest.approx(float(wanted), rel=1e-3)
+    task.save(tmp_path, {})
+    again, noisy = unet.load(tmp_path / unet.FILE), clear + sigma * batch["noise"]
+    with torch.no_grad():
+        made = again.apply_model(noisy, sigma.flatten(), c_crossattn=task.frozen.words(batch["tokens"], CPU))
+    assert torch.allclose(made, noisy / (1 + sigma**2), atol=1e-5)
+
+
+def test_what_a_unet_says_is_known(trained: Path) -> None:
+    with pytest.raises(ValueError, match="got prediction = 'picture' in .task.; expected noise or velocity"):
+        replace(small_unet(trained), prediction="picture")
+
+
 def test_a_pool_of_latents_is_made_once_and_trains_alike(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "PIECE", 4)
     settings = replace(small_unet(trained), pool=6)

@@ -12,6 +12,7 @@ import pytest
 import stacks
 import torch
 from analyzers import folder as folder
+from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import own_flashface, reference_faces
 from comfyui_likeness.likeness.spec import FlashFaceSpec, Identity
@@ -129,6 +130,13 @@ def test_it_begins_as_the_base_model(stack: Path) -> None:
     assert layer is not None and torch.equal(layer.q.weight, base[f"{path}.attn1.to_q.weight"])
     copied = task(stack, tuned=True).added.at(path)  # the authors copy the output as well
     assert copied is not None and torch.equal(copied.o.weight, base[f"{path}.attn1.to_out.0.weight"])
+
+
+def test_its_files_hold_no_unet_that_says_the_velocity(stack: Path, tmp_path: Path) -> None:
+    file = str(stacks.velocity(stack, tmp_path / "velocity.safetensors"))
+    assert task(stack, unet=file).painter(CPU).model.model_type == ModelType.V_PREDICTION
+    with pytest.raises(ValueError, match="got tuned in .task. for .*velocity.safetensors, which says no noise"):
+        task(stack, unet=file, tuned=True)
 
 
 def person(made: FlashFace, numbers: list[int]) -> Identity:

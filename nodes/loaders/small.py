@@ -10,13 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import comfy.model_base
 import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.clip_vision import ClipVisionModel
-from comfy.model_base import BaseModel
+from comfy.model_base import BaseModel, ModelType
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from comfy.taesd.taesd import TAESD
 from safetensors import SafetensorError, safe_open
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from ...likeness import keymaps, vocabulary
 
 PREFIX = "model.diffusion_model."  # of a UNet's tensors, as in checkpoints
+# What a UNet says: the noise, or the velocity (Salimans & Ho 2202.00512, App. D)
+PREDICTIONS: Mapping[str, ModelType] = {"noise": ModelType.EPS, "velocity": ModelType.V_PREDICTION}
 
 
 @contextmanager
@@ -44,13 +45,13 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return told["settings"], {key: opened.get_tensor(key) for key in opened.keys()}
 
 
-def base_model(described: Mapping[str, Any]) -> BaseModel:
-    """A MODEL's inside, as the host has it, without weights."""
+def base_model(described: Mapping[str, Any], prediction: str = "noise") -> BaseModel:
+    """A MODEL's inside, as the host has it, without weights; `prediction` is a key of PREDICTIONS."""
     described = copy.deepcopy(dict(described))  # the host's modules consume the lists
     supported = comfy.supported_models.SD15(described)
     supported.unet_config |= {"num_heads": described["num_heads"]}
     supported.set_inference_dtype(torch.float32, None)
-    return comfy.model_base.BaseModel(supported, device=torch.get_default_device())
+    return BaseModel(supported, PREDICTIONS[prediction], torch.get_default_device())
 
 
 def load_unet(file: Path) -> BaseModel:
@@ -58,7 +59,8 @@ def load_unet(file: Path) -> BaseModel:
     with reading(file, "a UNet"):
         settings, tensors = read(file)
         # The host's checkpointing knows no weights without a gradient, as those of a frozen model are.
-        model = base_model({**settings["config"], "use_checkpoint": False})
+        described = {**settings["config"], "use_checkpoint": False}
+        model = base_model(described, settings.get("prediction", "noise"))
         weights = {key: value.float() for key, value in keymaps.under(tensors, PREFIX).items()}
         model.diffusion_model.load_state_dict(weights)
     return model

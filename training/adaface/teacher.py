@@ -81,5 +81,6 @@ class Teacher(FaceTask[Settings]):
         weights = self.model.diffusion_model.state_dict()
         tensors = {unet.PREFIX + key: value.half().contiguous() for key, value in weights.items()}
         base = files.told(Path(self.settings.unet)) or {}  # whose settings were read when it was loaded
-        told = {**asdict(self.settings), "config": base["settings"]["config"]}
+        kept = {key: base["settings"][key] for key in ("config", "prediction") if key in base["settings"]}
+        told = {**asdict(self.settings), **kept}
         save_file(tensors, folder / f"{name}{UNET}", own_file.metadata("unet", "SD1.5", notes, settings=told))

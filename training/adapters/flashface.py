@@ -15,7 +15,7 @@ from typing import Any
 
 import comfy.ops
 import torch
-from comfy.model_base import BaseModel
+from comfy.model_base import BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -79,6 +79,11 @@ class FlashFace(stack.AdapterTask[Settings]):
         self.read_pool(Path(settings.vae))
         self.text = self.frozen.words(clip.tokenize(self.tokenizer, [""]), torch.get_default_device()).detach()
         base = self.frozen.model
+        if settings.tuned and base.model_type != ModelType.EPS:
+            raise ValueError(
+                f"got tuned in [task] for {settings.unet}, which says no noise; expected a UNet that does, as every "
+                "FlashFace file's; leave tuned out"
+            )
         self.spec = FlashFaceSpec(heads=base.model_config.unet_config["num_heads"], face_size=settings.face)
         self.net, self.added = build(base, settings, self.spec.heads)
         self.main = tuned(base, self.spec.heads) if settings.tuned else None

@@ -11,6 +11,7 @@ import comfy.sample
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import V_PREDICTION
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.functional import mse_loss
 
 from ...likeness import own_file
 from ...nodes.loaders import small
-from ...nodes.loaders.small import PREFIX, base_model
+from ...nodes.loaders.small import PREDICTIONS, PREFIX, base_model
 from ..task import Batch, Task, start
 from . import clip, latents, vae
 from .source import PICTURES, Source, captions, pictures, sheet, some
@@ -34,7 +35,9 @@ SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "s
 class Settings:
     """`vae` and `text` are files trained before; `side` in pixels; `unprompted` is the part without a caption.
 
-    Steps count by their signal-to-noise ratio, but not above `snr` (min-SNR, Hang et al. 2303.09556, Eq. 8).
+    Steps count by their signal-to-noise ratio, but not above `snr` (min-SNR, Hang et al. 2303.09556, Eq. 8); where the
+    `prediction` is the velocity, by one more than that ratio. A small model should say that: it can hardly give back
+    nearly pure noise so exactly that a picture remains, while the velocity there is nearly the picture itself.
 
     With a `pool` it trains on the first so many pictures, whose latents are made once. It may `begin` with the file of
     another run.
@@ -50,6 +53,7 @@ class Settings:
     heads: int = 8
     unprompted: float = 0.1
     snr: float = 5.0
+    prediction: str = "noise"
     pool: int = 0
     checkpointing: bool = False
     begin: str = ""
@@ -57,6 +61,8 @@ class Settings:
     def __post_init__(self) -> None:
         if len(self.levels) != len(self.depth):
             raise ValueError(f"got {len(self.levels)} levels and {len(self.depth)} depths in [task]; expected as many")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"got prediction = {self.prediction!r} in [task]; expected {' or '.join(PREDICTIONS)}")
 
 
 class TextToImage(Task):
@@ -73,7 +79,7 @@ class TextToImage(Task):
             self.frozen.pool = latents.pool(source, file, autoencoder, settings.side, settings.pool)
         width = text.transformer.get_input_embeddings().weight.shape[1]
         self.config = config(settings, width)
-        self.model: Any = base_model(self.config)
+        self.model: Any = base_model(self.config, settings.prediction)
         start(self.model.diffusion_model, seed, silent=SILENT)
         if settings.begin:
             self.model.diffusion_model.load_state_dict(load(Path(settings.begin)).diffusion_model.state_dict())
@@ -144,7 +150,9 @@ def wrong_noise(model: BaseModel, given: Noised, snr: float, **told: Any) -> Ten
     `told` is what the model is given besides, as its text.
     """
     wrong = mse_loss(said_noise(model, given.noisy, given.sigma, **told), given.noise, reduction="none").mean((1, 2, 3))
-    return (wrong * (snr * given.sigma.square()).clamp(max=1)).mean()
+    variance = given.sigma.square()
+    most = 1 + variance if isinstance(model.model_sampling, V_PREDICTION) else torch.ones_like(variance)
+    return (wrong * (snr * variance).minimum(most)).mean()
 
 
 def said_noise(model: BaseModel, noisy: Tensor, sigma: Tensor, **told: Any) -> Tensor:
