@@ -46,7 +46,7 @@ META = torch.device("meta")
 
 
 def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
-    run, about = tasks.settings("unet", ROOT / "training" / "configs" / "two_cores" / "unet.toml")
+    _, about = tasks.settings("unet", ROOT / "training" / "configs" / "two_cores" / "unet.toml")
     with torch.device("meta"):
         net = unet.base_model(unet.config(about, 128)).diffusion_model
     weights = sum(value.numel() for value in net.parameters())
@@ -54,7 +54,7 @@ def test_the_demos_unet_has_the_attentions_of_sd15() -> None:
     assert names == [
         name.removesuffix(".to_q.weight") for name in published_sd15() if name.endswith("attn2.to_q.weight")
     ]
-    assert 1.5e6 < weights < 2.5e6 and run.batch == 32
+    assert 1.5e6 < weights < 2.5e6
 
 
 def test_the_configs_of_real_scale_build_and_take_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
