@@ -9,9 +9,8 @@ from typing import Any
 
 import comfy.sample
 import torch
-from comfy.model_base import BaseModel
+from comfy.model_base import BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher
-from comfy.model_sampling import V_PREDICTION
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
@@ -151,7 +150,7 @@ def wrong_noise(model: BaseModel, given: Noised, snr: float, **told: Any) -> Ten
     """
     wrong = mse_loss(said_noise(model, given.noisy, given.sigma, **told), given.noise, reduction="none").mean((1, 2, 3))
     variance = given.sigma.square()
-    most = 1 + variance if isinstance(model.model_sampling, V_PREDICTION) else torch.ones_like(variance)
+    most = 1 + variance if model.model_type == ModelType.V_PREDICTION else torch.ones_like(variance)
     return (wrong * (snr * variance).minimum(most)).mean()
 
 

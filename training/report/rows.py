@@ -150,7 +150,8 @@ TABLES = (
     Table("Omni-ID: photos", _keys("photos_"), "Fig. 6: photos that are read together.", "photos"),
     Table(
         "Omni-ID: training", ["photos_3", *_keys("encoder_")],
-        "Table 2: the first row is up to 3 photos to 8, mask 0.95, both stages.", "encoder",
+        "Table 2, each with an adapter of its own, trained alike; the first row is up to 3 photos to 8, mask 0.95, "
+        "both stages.", "encoder",
     ),
     Table("Two people", _keys("pair_"), "Each in a half of the picture, by masks; a bootstrap over pairs."),
 )  # fmt: skip
