@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from comfy.sd1_clip import SD1CheckpointClipModel
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -119,7 +120,11 @@ def of_text(clip: Any, text: str, width: int) -> Tensor:
             "got a text encoder without a text projection; expected a whole CLIP's, as SD1.5 checkpoints hold none; "
             "load the text encoder that was trained with clip_vision by Load CLIP"
         )
-    made = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1][0].float().cpu()
+    pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1].float().cpu()
+    for module in modules.values():
+        if isinstance(module, SD1CheckpointClipModel):  # SD1.5's, whose pooled states the host does not project
+            pooled = pooled @ module.transformer.text_projection.weight.float().cpu().T
+    made = pooled[0]
     if len(made) != width:
         raise ValueError(
             f"got {width} numbers of a picture and {len(made)} of the text; expected clip_vision and clip of one "

@@ -123,9 +123,11 @@ def test_clip_compares_to_the_target_and_to_the_text(analyzer: FaceAnalyzer, eil
     weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     found, report = values(portrait()[None], eileen, analyzer, **given)
     mine, theirs = (vision.encode_image(one[None])["image_embeds"] for one in (portrait(), stranger()))
-    pooled = clip.encode_from_tokens_scheduled(clip.tokenize("a woman in space"))[0][1]["pooled_output"]
+    tokens = [[token for token, _ in row] for row in clip.tokenize("a woman in space")["l"]]
+    clip.cond_stage_model.reset_clip_options()
+    projected = clip.cond_stage_model.clip_l.transformer(torch.tensor(tokens), dtype=torch.float32)[2]
     assert found["clip_i"] == pytest.approx(float(unit(mine) @ unit(theirs).T), abs=1e-4)
-    assert found["clip_t"] == pytest.approx(float(unit(mine) @ unit(pooled).T), abs=1e-4)
+    assert found["clip_t"] == pytest.approx(float(unit(mine) @ unit(projected).T), abs=1e-4)
     assert "Not measured" not in report and "CLIP-I" in report
     other = prompters.clip(width=64, heads=4, layers=2)
     other.cond_stage_model.clip_l.transformer.text_projection.weight.mul_(2)

@@ -12,6 +12,8 @@ import pytest
 import reports
 import torch
 from analyzers import folder as folder
+from comfyui_likeness.nodes import evaluate
+from comfyui_likeness.nodes.loaders import demo
 from comfyui_likeness.training import metrics, world
 from comfyui_likeness.training.report import document, expected, finish, measure, prompts, rows, stack
 from comfyui_likeness.training.report.expected import Claim
@@ -104,6 +106,16 @@ def test_a_prompt_is_the_caption_of_what_is_drawn() -> None:
     assert {prompt.style for prompt in prompts.ALONE[: rows.ROWS["mixed_mean"].prompts]} == set(prompts.STYLED)
     assert prompts.STYLED["bronze"] == "a bronze of a person"
     assert prompts.ALONE[0].text() == "a photo of a smiling person in red at a beach"
+
+
+def test_the_shipped_pair_finds_what_was_asked_for() -> None:
+    shown = [world.paint([world.person(n, prompts.SPLIT)], prompt.shown(next(prompts.scenes(n)))).image
+             for n in range(2) for prompt in prompts.ALONE]  # fmt: skip
+    _, clip, _, vision = demo.load()
+    texts = torch.stack([evaluate.of_text(clip, prompt.text(), 128) for prompt in prompts.ALONE])
+    seen = evaluate.of_pictures(vision, [torch.from_numpy(one).float() / 255 for one in shown])
+    right = metrics.likest(seen, texts, torch.arange(len(texts)).repeat(2))
+    assert right.mean() > 0.7
 
 
 VALUES = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...likeness import faces
 from ...likeness.spec import Face
+from ...nodes.evaluate import of_text
 from ...nodes.loaders import adaface, adapter, demo, face_analyzer, files, flashface, omni_id
 from ...nodes.types import Analyzer, LoadedPrompter, LoadedReferenceNet, OmniEncoder
 from ..adapters.readers import ArcFace
@@ -84,8 +85,8 @@ class Stack:
     def text(self, text: str) -> tuple[Tensor, Tensor]:
         """A prompt as the UNet reads it, [1, 77, width], and as CLIP compares it to pictures, [1, width]."""
         if text not in self._texts:
-            ((words, told),) = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
-            self._texts[text] = words, told["pooled_output"]
+            ((words, _),) = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+            self._texts[text] = words, of_text(self.clip, text, words.shape[-1])[None]
         return self._texts[text]
 
     def words(self, texts: Sequence[str]) -> Tensor:
