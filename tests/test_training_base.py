@@ -19,7 +19,7 @@ from analyzers import models as models
 from analyzers import packs as packs
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
-from comfyui_likeness.training.base import clip, latents, source, unet, vae
+from comfyui_likeness.training.base import clip, latents, source, unet, vae, widen
 from comfyui_likeness.training.task import chance
 from models import SAMPLING
 from safetensors import safe_open
@@ -285,6 +285,35 @@ def test_captions_are_dropped(trained: Path) -> None:
     empty = clip.tokenize(task.tokenizer, [""])[0]
     dropped = sum(row == empty for row in task.batch(chance(1), 200)["tokens"])
     assert 70 < dropped < 130
+
+
+def test_a_wider_unet_says_the_same_and_its_copies_part(trained: Path) -> None:
+    narrow = replace(small_unet(trained), levels=(1, 2))
+    made = unet.base_model(unet.config(narrow, 32)).diffusion_model
+    generator = chance(4)
+    for value in made.parameters():
+        value.data = torch.randn(value.shape, generator=generator) / (value[0].numel() ** 0.5 if value.ndim > 1 else 10)
+    wide = unet.base_model(unet.config(replace(narrow, channels=64), 32)).diffusion_model
+    wide.load_state_dict(widen.widened(made.state_dict(), wide.state_dict(), generator))
+    given = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([3.0, 700.0])
+    text = torch.randn(2, 77, 32, generator=generator)
+    with torch.no_grad():
+        said, again = (net(*given, context=text) for net in (made, wide))
+    assert torch.allclose(said, again, atol=1e-4 * said.abs().max().item())
+    first, second = wide.input_blocks[1][0].out_layers[3].weight.unflatten(1, (-1, 2)).unbind(2)
+    assert not torch.allclose(first, second)
+
+
+def test_a_unet_goes_on_in_a_wider_one(trained: Path) -> None:
+    file = str(trained / "unet" / "model" / unet.FILE)
+    same, wide = (unet.TextToImage(replace(small_unet(trained), begin=file, channels=n), DISCS, 3) for n in (32, 64))
+    first = unet.load(Path(file)).diffusion_model.state_dict()
+    assert all(torch.equal(value, first[key]) for key, value in same.model.diffusion_model.state_dict().items())
+    assert torch.equal(wide.model.diffusion_model.out[2].bias, first["out.2.bias"])
+    wrong = [({"channels": 96}, "got [0-9]+ channels to widen"), ({"levels": (1, 3)}, "got a UNet of other blocks")]
+    for told, why in [*wrong, ({"levels": (1,), "depth": (1,)}, "got a UNet of other blocks")]:
+        with pytest.raises(ValueError, match=why):
+            unet.TextToImage(replace(small_unet(trained), begin=file, **told), DISCS, 3)
 
 
 def test_the_unet_learns_and_drawing_leaves_no_trace(trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ...likeness import own_file
 from ...nodes.loaders import small
 from ...nodes.loaders.small import PREDICTIONS, PREFIX, base_model
 from ..task import Batch, Task, start
-from . import clip, latents, vae
+from . import clip, latents, vae, widen
 from .source import PICTURES, Source, captions, pictures, sheet, some
 
 FILE = "unet.safetensors"
@@ -39,7 +39,7 @@ class Settings:
     nearly pure noise so exactly that a picture remains, while the velocity there is nearly the picture itself.
 
     With a `pool` it trains on the first so many pictures, whose latents are made once. It may `begin` with the file of
-    another run.
+    another run, of these widths or of half of them at some levels.
     """
 
     vae: str
@@ -81,7 +81,13 @@ class TextToImage(Task):
         self.model: Any = base_model(self.config, settings.prediction)
         start(self.model.diffusion_model, seed, silent=SILENT)
         if settings.begin:
-            self.model.diffusion_model.load_state_dict(load(Path(settings.begin)).diffusion_model.state_dict())
+            self._begin(Path(settings.begin), seed)
+
+    def _begin(self, file: Path, seed: int) -> None:
+        old, new = (model.diffusion_model.state_dict() for model in (load(file), self.model))
+        same = {key: weight.shape for key, weight in old.items()} == {key: weight.shape for key, weight in new.items()}
+        wide = old if same else widen.widened(old, new, Generator().manual_seed(seed))
+        self.model.diffusion_model.load_state_dict(wide)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, pool = self.settings.side, self.frozen.pool
