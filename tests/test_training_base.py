@@ -13,19 +13,20 @@ import comfy.sample
 import comfy.sd
 import comfy.utils
 import pytest
+import stacks
 import torch
 from analyzers import folder as folder
 from analyzers import models as models
 from analyzers import packs as packs
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
-from comfyui_likeness.training.base import clip, latents, source, unet, vae, widen
+from comfyui_likeness.training.base import clip, latents, portraits, source, unet, vae, widen
 from comfyui_likeness.training.task import chance
 from models import SAMPLING
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trainings import DISCS, Discs, fit
+from trainings import DISCS, Discs, fit, values
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,33 @@ def test_the_clip_pair_learns_all_its_weights(tmp_path: Path) -> None:
     assert still == []
     shown = made[0].draw(chance(1))
     assert 0 <= float(shown["caption_found"]) <= 1 and set(shown) == {"caption_found", "picture_found"}
+
+
+def test_a_pair_goes_on_and_its_tower_learns_to_tell_people(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.mkdir()
+    stacks.make(first)
+    told = replace(stacks.TOWERS, heads_alike=2.0, begin=str(first))
+    made: list[clip.ClipPair] = []
+
+    def make() -> clip.ClipPair:
+        made.append(clip.ClipPair(told, portraits.Shards(first), 0))
+        return made[0]
+
+    folder, _ = fit(make, tmp_path, steps=20, batch=4, warmup=0)
+    heads = [*values(tmp_path, "heads").values()]
+    assert sum(heads[-4:]) < 0.7 * sum(heads[:4])
+    before, after = (load_file(place / clip.TEXT) for place in (first, folder))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    before, after = (load_file(place / clip.VISION) for place in (first, folder))
+    assert before.keys() == after.keys()
+    assert [key for key in before if torch.equal(before[key], after[key])] == []
+    pairs = made[0].batch(chance(3), 6)["heads"]
+    assert pairs.shape == (2, 3, 3, 128, 128)
+    assert torch.equal(pairs, made[0].batch(chance(3), 6)["heads"])
+    assert len(pairs.flatten(0, 1).flatten(1).unique(dim=0)) == 6  # six heads, of three people
+    with pytest.raises(ValueError, match="expected a folder of shards"):
+        clip.ClipPair(told, DISCS, 0)
 
 
 def test_what_the_towers_norms_read_is_kept_for_the_gradient() -> None:

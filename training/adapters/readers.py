@@ -20,6 +20,7 @@ from ...nodes.attention import fused
 from ...nodes.encode import HostEncoder
 from ...nodes.loaders import files, small
 from ..base import latents, recogniser
+from ..base.portraits import head
 from ..data import View
 from ..omni_id import encoder as omni
 from ..omni_id import views
@@ -177,11 +178,6 @@ class References(Latents):
     def cut(self, view: View) -> Tensor:
         photo, face = faces.head(view.picture.float() / 255, Face(view.box.float(), view.kps.float(), 1.0))
         return reference_faces.square(reference_faces.crop(photo, face.box, face.kps[:2]), self.side)
-
-
-def head(view: View) -> Tensor:
-    """The head with a margin, as an identity holds it: uint8 [HEAD, HEAD, 3]."""
-    return faces.head(view.picture.float() / 255, Face(view.box.float(), view.kps.float(), 1.0))[0]
 
 
 def load_vision(file: Path) -> ClipVisionModel:

@@ -1,10 +1,13 @@
 """The CLIP pair (Radford et al. 2103.00020): the host's text encoder of SD1.5 and its vision tower, both small.
 
 The text encoder keeps the host's tokens; it has embeddings for those of the captions, and one for all other words.
+Captions that say little of a person teach a tower little of faces: pictures are contrasted with each other, too, as in
+SLIP (Mu et al. 2112.12750), but two heads of one person instead of two cuts of one picture.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,27 +17,36 @@ import comfy.ops
 import torch
 from comfy.clip_model import CLIPVisionModelProjection, clip_preprocess
 from comfy.sd1_clip import SDTokenizer
+from comfy.utils import common_upscale
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import normalize
 
-from ...likeness import own_file, vocabulary
+from ...likeness import faces, own_file, vocabulary
+from ...nodes.loaders import small
 from ...nodes.loaders.small import load_text as load_text
 from ...nodes.loaders.small import text_encoder
 from ..task import Batch, Task, start
+from . import portraits
 from .source import Source, captions, pictures
 
 TEXT, VISION = "text.safetensors", "vision.safetensors"
 FIRST_SCALE, LARGEST_SCALE = 2.6593, 4.6052  # logarithms of 1 / 0.07 and of 100, as published
 TRIED = 64  # captions of the check
 ALWAYS = ", ."  # tokens that any prompt may have
+MOST = 8  # heads of a person
 
 Tokens = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Both towers' sizes; `side` and `patch` in pixels; `forget` is the part of words that become unknown."""
+    """Both towers' sizes; `side` and `patch` in pixels; `forget` is the part of words that become unknown.
+
+    `heads_alike` is the weight of the contrast of heads, two for every second caption, of the first `pool` pictures.
+    The pair may `begin` as that in another run's folder, whose text encoder then stays as it is (LiT, Zhai et al.
+    2111.07991).
+    """
 
     width: int = 128
     layers: int = 4
@@ -45,6 +57,9 @@ class Settings:
     side: int = 128
     patch: int = 16
     forget: float = 0.02
+    heads_alike: float = 0.0
+    pool: int = 0
+    begin: str = ""
 
 
 class ClipPair(Task):
@@ -63,8 +78,19 @@ class ClipPair(Task):
         with torch.no_grad():
             self.vision.vision_model.embeddings.class_embedding.zero_()
             self.text.logit_scale.fill_(FIRST_SCALE)
+        if settings.begin:
+            self._begin(Path(settings.begin))
+        self.heads: Heads | None = None
+        if settings.heads_alike:
+            self.heads = Heads(portraits.shards(source), settings.pool, settings.side)
+            self.alike = nn.Linear(settings.vision_width, settings.width, bias=False)
+            start(self.alike, seed + 2)
         keep_for_gradient(self)
         self.contrast: nn.Module | None = None
+
+    def _begin(self, folder: Path) -> None:
+        self.text.transformer = load_text(folder / TEXT).transformer
+        self.vision.load_state_dict(small.load_vision(folder / VISION).model.float().state_dict())
 
     def batch(self, chance: Generator, size: int) -> Batch:
         """Pairs of which no two have the same caption. Raises ValueError where there are not so many captions."""
@@ -73,7 +99,7 @@ class ClipPair(Task):
             raise ValueError(
                 f"got {len(pairs['tokens'])} different captions; expected {size}; take a smaller batch in [run]"
             )
-        return pairs
+        return pairs if self.heads is None else {**pairs, "heads": self.heads.pairs(chance, size // 2)}
 
     def _pairs(self, chance: Generator, size: int) -> Batch:
         found = captions(self.source, chance, size)
@@ -84,8 +110,12 @@ class ClipPair(Task):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         scale = self.text.logit_scale.clamp(max=LARGEST_SCALE).exp()
         texts, seen = self._features(batch)
+        alike = self._heads(batch["heads"].to(seen.device)) if "heads" in batch else None
         with torch.autocast(seen.device.type, enabled=False):
-            return {"contrastive": self._contrast()(seen, texts, scale)}
+            losses = {"contrastive": self._contrast()(seen, texts, scale)}
+            if alike is not None:
+                losses["heads"] = self.settings.heads_alike * self._contrast()(*alike, scale)
+            return losses
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """How often the likest caption, and the likest picture, of some is the right one."""
@@ -117,6 +147,12 @@ class ClipPair(Task):
         seen = self.vision(batch["pictures"].to(device))[2]
         return normalize(texts.float(), dim=-1), normalize(seen.float(), dim=-1)
 
+    def _heads(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of one and the other head of some people [2, n, 3, side, side]: [n, width] each."""
+        pooled = self.vision.vision_model(heads.flatten(0, 1))[2]
+        first, second = normalize(self.alike(pooled).float(), dim=-1).chunk(2)
+        return first, second
+
     def _contrast(self) -> nn.Module:
         if self.contrast is None:
             from open_clip.loss import ClipLoss
@@ -126,6 +162,27 @@ class ClipPair(Task):
             rank, size = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
             self.contrast = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=size)
         return self.contrast
+
+
+class Heads:
+    """People's heads as the tower reads them, each cut once."""
+
+    def __init__(self, source: portraits.Shards, pool: int, side: int) -> None:
+        self.source, self.side = source, side
+        self.clusters = source.clusters(pool or len(source), len(source), MOST)
+        self.cut = functools.cache(self._cut)
+
+    def pairs(self, chance: Generator, count: int) -> Tensor:
+        """Two of each of so many people, [2, count, 3, side, side]."""
+        who = torch.randperm(len(self.clusters), generator=chance)[:count].tolist()
+        shown = [torch.randperm(len(self.clusters[one]), generator=chance)[:2].tolist() for one in who]
+        turns = zip(*([self.clusters[one][i] for i in two] for one, two in zip(who, shown, strict=True)), strict=True)
+        cuts = torch.stack([torch.stack([self.cut(number) for number in turn]) for turn in turns])
+        return clip_preprocess(cuts.flatten(0, 1).float() / 255, self.side).unflatten(0, (2, -1))
+
+    def _cut(self, number: int) -> Tensor:
+        crop = portraits.head(self.source.view(number))[None].movedim(-1, 1).float()
+        return faces.pixels(common_upscale(crop, self.side, self.side, "bicubic", "disabled")[0].movedim(0, -1) / 255)
 
 
 def text_config(settings: Settings) -> dict[str, Any]:

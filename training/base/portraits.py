@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...likeness import faces
+from ...likeness.spec import Face
 from .. import world
 from ..data import PEOPLE, ShardAlbum, View, fit, told
 
@@ -112,6 +113,11 @@ def shards(source: object, how: str = "") -> Shards:
         'got data = "world" in [run]; expected a folder of shards, in which people have several pictures; '
         f"paint some by python -m training.shards FOLDER{how}"
     )
+
+
+def head(view: View) -> Tensor:
+    """The head with a margin, as an identity holds it: uint8 [HEAD, HEAD, 3]."""
+    return faces.head(view.picture.float() / 255, Face(view.box.float(), view.kps.float(), 1.0))[0]
 
 
 def scene_of(number: int) -> world.Scene:
