@@ -31,7 +31,7 @@ def test_paste_is_how_much_nearer_the_references_are() -> None:
 
 
 def test_adherence_counts_what_was_asked_of_others_as_wrong() -> None:
-    cosine, right = metrics.adherence(torch.stack((X + 0.1 * Z, Z)), torch.stack((X, Y, Z)))
+    cosine, right = metrics.adherence(torch.stack((X + 0.1 * Z, Z)), torch.stack((X, Y, Z)), torch.tensor([0, 1]))
     assert right.tolist() == [1, 0] and cosine[1] == 0
     assert float(cosine[0]) == pytest.approx(1 / math.sqrt(1.01))
 

@@ -103,7 +103,7 @@ def test_a_prompt_is_the_caption_of_what_is_drawn() -> None:
             shown = {world.caption(prompt.shown(scene)) for scene in islice(prompts.scenes(3, people), 4)}
             assert shown == {prompt.text(people)}
     assert len({prompt.text() for prompt in prompts.ALONE}) == 8
-    assert {prompt.style for prompt in prompts.ALONE[: rows.ROWS["mixed_mean"].prompts]} == set(prompts.STYLED)
+    assert {prompt.style for prompt in prompts.ALONE} == set(prompts.STYLED)
     assert prompts.STYLED["bronze"] == "a bronze of a person"
     assert prompts.ALONE[0].text() == "a photo of a smiling person in red at a beach"
 
@@ -116,6 +116,13 @@ def test_the_shipped_pair_finds_what_was_asked_for() -> None:
     seen = evaluate.of_pictures(vision, [torch.from_numpy(one).float() / 255 for one in shown])
     right = metrics.likest(seen, texts, torch.arange(len(texts)).repeat(2))
     assert right.mean() > 0.7
+
+
+@pytest.mark.parametrize(("count", "people"), [(1, 8), (2, 4), (4, 2), (8, 1), (9, 1)])
+def test_all_prompts_are_asked_as_often(count: int, people: int) -> None:
+    turns = [prompts.turn(person, count, 8) for person in range(people)]
+    assert sorted(place for turn in turns for place in turn) == list(range(8))
+    assert prompts.turn(people, count, 8) == turns[0]
 
 
 VALUES = {

@@ -46,12 +46,10 @@ def frechet(seen: Tensor, real: Tensor) -> float:
     return float((means[0] - means[1]).square().sum() + a.trace() + b.trace() - 2 * root)
 
 
-def adherence(seen: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-    """Picture i [p, d] against text i of [q, d], q >= p: their cosine, and 1 where no other text is as near; [p] each.
-
-    Texts behind the p-th were asked of no picture here and count as wrong answers.
-    """
-    return cosines(seen, texts[: len(seen)]), likest(seen, texts, torch.arange(len(seen)))
+def adherence(seen: Tensor, texts: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures [p, d] against the one of the texts [q, d] that was asked for, `asked` [p]: their cosine, and 1 where no
+    other text is as near; [p] each."""
+    return cosines(seen, texts[asked]), likest(seen, texts, asked)
 
 
 def likest(seen: Tensor, texts: Tensor, asked: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ nothing else. A picture without a face counts as similarity 0; the last column i
 - **style found**: how often the likest of five sentences, such as "a bronze of a person", is the right style's.
 - **both right**: pictures in which each half is more like its own person than like the other.
 
-Numbers are means over people with 95% bootstrap intervals over people."""
+Each person is asked for some of the prompts, people in turn for others, so that all prompts are asked as often: 4 of 8
+where methods are compared, 2 in sweeps. Numbers are means over people with 95% bootstrap intervals over people."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def lines(folder: Path, made: Made, rows: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Weights\n\n| file | sha256 | training |\n|---|---|---|"
     every = {**made.base, **made.adapters}
     yield from (f"| {file} | {one.digest} | {one.notes} |" for file, one in every.items())
-    yield "\n## Pictures\n\nIn front a photo of the person, then the prompts:\n"
+    yield "\n## Pictures\n\nIn front a photo of the person, then the person's turn of these:\n"
     yield from (f"{number}. {prompt.text()}" for number, prompt in enumerate(prompts.ALONE, 1))
     yield "\nTwo people:\n"
     yield from (f"{number}. {prompt.text(2)}" for number, prompt in enumerate(prompts.PAIRS, 1))

@@ -24,12 +24,12 @@ SHOWN = 3  # people whose pictures are kept
 def alone(asked: Asked, pictures: Tensor) -> Values:
     (sitter,), seen = asked.sitters, asked.stack.largest(pictures)
     ref = metrics.nearest(seen, sitter.references[: asked.photos])
-    target = metrics.cosines(seen, sitter.aims[: len(seen)])
+    target = metrics.cosines(seen, sitter.aims[asked.places])
     texts = torch.cat([asked.stack.text(prompt.text())[1] for prompt in prompts.ALONE])
     styles = torch.cat([asked.stack.text(text)[1] for text in prompts.STYLED.values()])
-    wanted = torch.tensor([list(prompts.STYLED).index(prompt.style) for prompt in prompts.ALONE[: len(seen)]])
+    wanted = torch.tensor([list(prompts.STYLED).index(prompts.ALONE[place].style) for place in asked.places])
     shown = asked.stack.seen(pictures)
-    clip, right = metrics.adherence(shown, texts)
+    clip, right = metrics.adherence(shown, texts, torch.tensor(asked.places))
     return {
         "similarity": metrics.cosines(seen, sitter.likeness), "ref": ref, "target": target,
         "paste": metrics.paste(ref, target), "clip": clip, "prompt": right,
@@ -55,8 +55,10 @@ class Kind:
     people: int
     asked: Sequence[prompts.Prompt]
 
-    def texts(self, count: int) -> list[str]:
-        return [prompt.text(self.people) for prompt in self.asked[:count]]
+    def ask(self, models: stack.Stack, who: Sequence[Sitter], photos: int, count: int) -> Asked:
+        """Of so many prompts, which the first person's number tells."""
+        places = prompts.turn(who[0].number, count, len(self.asked))
+        return Asked(models, who, photos, [self.asked[place].text(self.people) for place in places], places)
 
 
 KINDS: Mapping[str, Kind] = {
@@ -68,11 +70,11 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows, on how many people at most, with how many prompts at most."""
+    """Which rows, on how many people at most, each with how many prompts at most."""
 
     rows: Mapping[str, Row]
     people: int = 64
-    prompts: int = 8
+    prompts: int = len(prompts.ALONE)
 
     def jobs(self, numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
         """Whose turn it is in which row."""
@@ -124,7 +126,7 @@ def run(models: stack.Stack, plan: Plan, numbers: Sequence[int], tick: Callable[
             row = here[key]
             kind = KINDS[row.kind]
             who = [sitter(number + i) for i in range(kind.people)]
-            asked = Asked(models, who, row.photos, kind.texts(min(row.prompts, plan.prompts)))
+            asked = kind.ask(models, who, row.photos, min(row.prompts, plan.prompts))
             made = row.make(asked)
             found.add(key, who[0], kind.measure(asked, made), made)
             tick(key)

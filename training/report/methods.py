@@ -31,12 +31,16 @@ CLASS = "person"
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """One call: the people of a picture, from left to right, how many photos of each are read, and the prompts."""
+    """One call: the people of a picture, from left to right, how many photos of each are read, and the prompts.
+
+    `places` say which of prompts.ALONE, or PAIRS, the `texts` are.
+    """
 
     stack: Stack
     sitters: Sequence[Sitter]
     photos: int
     texts: Sequence[str]
+    places: Sequence[int]
 
     @property
     def who(self) -> Who:
@@ -124,12 +128,12 @@ bare: Make = partial(painted, None)
 
 def as_asked(asked: Asked) -> Tensor:
     """The person drawn by the world's painter as the prompts ask: what a perfect method would make."""
-    return asked.sitters[0].targets[: len(asked.texts)]
+    return asked.sitters[0].targets[asked.places]
 
 
 def another(asked: Asked) -> Tensor:
     """Somebody else, drawn likewise."""
-    return asked.sitters[0].stranger()[: len(asked.texts)]
+    return asked.sitters[0].stranger()[asked.places]
 
 
 def second_photos(asked: Asked) -> Tensor:
@@ -141,5 +145,5 @@ def pair_as_asked(asked: Asked) -> Tensor:
     """Both people drawn by the world's painter."""
     who = [world.person(sitter.number, SPLIT) for sitter in asked.sitters]
     shown = scenes(asked.sitters[0].number, len(who))
-    made = [world.paint(who, prompt.shown(next(shown))).image for prompt in PAIRS[: len(asked.texts)]]
+    made = [world.paint(who, PAIRS[place].shown(next(shown))).image for place in asked.places]
     return torch.stack([torch.from_numpy(picture) for picture in made]).float() / 255

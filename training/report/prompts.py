@@ -57,6 +57,12 @@ PAIRS = (
 )
 
 
+def turn(person: int, count: int, of: int) -> list[int]:
+    """Which of so many prompts a person is asked for, where each person is asked for some: all as often."""
+    count = min(count, of)
+    return [(person * count + i) % of for i in range(count)]
+
+
 def scenes(person: int, people: int = 1) -> Iterator[world.Scene]:
     """Scenes of the test split's person, no two people's the same, in which heads have a bust's size."""
     numbers = range(person * PICTURES, (person + 1) * PICTURES)

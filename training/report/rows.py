@@ -29,14 +29,14 @@ PLACED = {
 
 @dataclass(frozen=True)
 class Row:
-    """`kind` is one of measure.KINDS; at most `people` and `prompts` of those there are; methods read `photos`."""
+    """`kind` is one of measure.KINDS; at most `people`, each asked for `prompts`; methods read `photos`."""
 
     name: str
     make: Make
     file: str = ""
     kind: str = "alone"
     people: int = 64
-    prompts: int = 8
+    prompts: int = 4
     photos: int = 1
 
 
@@ -52,9 +52,7 @@ def _more(name: str, make: Make, file: str, most: int) -> dict[str, Row]:
 
 
 def _mixed(attention: str, style: str) -> Row:
-    """Infinite-ID's ablations are on as many prompts as show every style."""
-    make = methods.infinite(INFINITE, attention, style)
-    return Row(f"{attention}, {style}", make, INFINITE, people=24, prompts=6)
+    return _few(f"{attention}, {style}", methods.infinite(INFINITE, attention, style), INFINITE, photos=1)
 
 
 def _omni(name: str, ends: str = "", photos: int = 3) -> Row:
@@ -74,7 +72,7 @@ ROWS: Mapping[str, Row] = {
     "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
     "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
     "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
-    "omni": replace(_omni("Omni-ID"), people=64, prompts=8),
+    "omni": replace(_omni("Omni-ID"), people=64, prompts=4),
     "adaface": Row("AdaFace", methods.adaface(ADAFACE, ARC2FACE), ADAFACE),
     "adaface_face": Row(
         "AdaFace, without composition distillation", methods.adaface(ADAFACE_FACE, ARC2FACE), ADAFACE_FACE
