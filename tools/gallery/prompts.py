@@ -10,11 +10,11 @@ from .methods import CLIP, DECOUPLED, FUSED, METHODS, MODEL, VAE, VISION, Method
 PEOPLE = ("Bo", "Finn", "Kim")
 FIRST, _, LAST = PEOPLE
 ALONE = (
-    "a photo of a smiling person in a forest",
-    "a watercolour of a person at a beach",
-    "a bronze of a person in a city",
-    "line art of a laughing person in a room",
-    "a pencil drawing of a surprised person in the mountains",
+    "a photo of a smiling person in a forest, close up",
+    "a watercolour of a person at a beach, close up",
+    "a bronze of a person in a city, close up",
+    "line art of a laughing person in a room, close up",
+    "a pencil drawing of a surprised person in the mountains, close up",
 )
 PAIRS = (
     "a photo of two smiling people in a meadow",
@@ -26,7 +26,7 @@ PAIRS = (
 SHARES = (0, 25, 50, 75, 100)  # of the last person, in %
 PHOTOS = 4
 SIDE = 128  # pixels of a picture, as the models were trained
-SAMPLING = {"steps": 15, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 11}
+SAMPLING = {"steps": 15, "cfg": 2.5, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 11}
 KEPT = "gallery"  # the identity's file
 PICTURES, SAID = "pictures", "said"  # the nodes that save a row, and that tell of it
 

@@ -27,7 +27,7 @@ FILE = "unet.safetensors"
 load = small.load_unet
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
 SHOWN = 6
-SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 2.5, "sampler_name": "euler", "scheduler": "normal"}
 
 
 @dataclass(frozen=True)
