@@ -21,7 +21,7 @@ from analyzers import packs as packs
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
 from comfyui_likeness.training.base import clip, latents, portraits, source, unet, vae, widen
-from comfyui_likeness.training.task import chance
+from comfyui_likeness.training.task import chance, start
 from models import SAMPLING
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -313,6 +313,25 @@ def test_captions_are_dropped(trained: Path) -> None:
     empty = clip.tokenize(task.tokenizer, [""])[0]
     dropped = sum(row == empty for row in task.batch(chance(1), 200)["tokens"])
     assert 70 < dropped < 130
+
+
+def test_heads_count_more(trained: Path) -> None:
+    plain, task = (unet.TextToImage(replace(small_unet(trained), heads_count=n), DISCS, 0) for n in (1.0, 3.0))
+    assert "counts" not in plain.batch(chance(2), 3)
+    batch = task.batch(chance(2), 3)
+    counts = batch["counts"]
+    assert counts.shape == (3, 4, 4) and torch.allclose(counts.mean((1, 2)), torch.ones(3))
+    assert torch.allclose(counts.amax((1, 2)), 3 * counts.amin((1, 2)))
+    top = task.counts(next(number for number in range(99) if DISCS.caption(number).endswith("top")))
+    assert top[:2].max() > top[3].max()
+    start(task.model.diffusion_model, 4)
+    given = unet.Noised.of(task.model, {**batch, "latents": torch.zeros(3, 4, 4, 4)})
+    text = task.frozen.words(batch["tokens"], CPU)
+    with torch.no_grad():
+        whole = unet.wrong_noise(task.model, given, 5.0, c_crossattn=text)
+        ones = unet.wrong_noise(task.model, given, 5.0, counts=torch.ones(3, 4, 4), c_crossattn=text)
+        weighed = unet.wrong_noise(task.model, given, 5.0, counts=counts, c_crossattn=text)
+    assert torch.allclose(whole, ones) and not torch.allclose(whole, weighed)
 
 
 def test_a_wider_unet_says_the_same_and_its_copies_part(trained: Path) -> None:

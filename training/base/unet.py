@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ FILE = "unet.safetensors"
 load = small.load_unet
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
 SHOWN = 6
+HEAD = 0.35  # of a face's box, on each side: hair and ears
 SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 2.5, "sampler_name": "euler", "scheduler": "normal"}
 
 
@@ -37,6 +39,8 @@ class Settings:
     Steps count by their signal-to-noise ratio, but not above `snr` (min-SNR, Hang et al. 2303.09556, Eq. 8); where the
     `prediction` is the velocity, by one more than that ratio. A small model should say that: it can hardly give back
     nearly pure noise so exactly that a picture remains, while the velocity there is nearly the picture itself.
+
+    What lies in the head of somebody counts `heads_count` times as much as what lies elsewhere.
 
     With a `pool` it trains on the first so many pictures, whose latents are made once. It may `begin` with the file of
     another run, of these widths or of half of them at some levels.
@@ -53,6 +57,7 @@ class Settings:
     unprompted: float = 0.1
     snr: float = 5.0
     prediction: str = "noise"
+    heads_count: float = 1.0
     pool: int = 0
     checkpointing: bool = False
     begin: str = ""
@@ -80,6 +85,7 @@ class TextToImage(Task):
         self.config = config(settings, width)
         self.model: Any = base_model(self.config, settings.prediction)
         start(self.model.diffusion_model, seed, silent=SILENT)
+        self.counts = functools.cache(self._counts)
         if settings.begin:
             self._begin(Path(settings.begin), seed)
 
@@ -89,12 +95,25 @@ class TextToImage(Task):
         wide = old if same else widen.widened(old, new, Generator().manual_seed(seed))
         self.model.diffusion_model.load_state_dict(wide)
 
+    def _counts(self, number: int) -> Tensor:
+        """How much each cell of a picture's latents counts, [h, w], 1 on average."""
+        side, view = self.settings.side, self.source.shown(number, self.settings.side)
+        cells = torch.arange(side // 8) * 8 + 3.5
+        counts = torch.ones(side // 8, side // 8)
+        for low, high in [view.box.view(2, 2).unbind(), *(other[:2].unbind() for other in view.others)]:
+            margin = HEAD * (high - low)
+            x, y = ((cells > a) & (cells < b) for a, b in zip(low - margin, high + margin, strict=True))
+            counts[y[:, None] & x] = self.settings.heads_count
+        return counts / counts.mean()
+
     def batch(self, chance: Generator, size: int) -> Batch:
         side, pool = self.settings.side, self.frozen.pool
         numbers = some(chance, size, PICTURES if pool is None else len(pool))
         shown = (
             {"pictures": pictures(self.source, numbers, side)} if pool is None else {"latents": pool[numbers].float()}
         )
+        if self.settings.heads_count != 1:
+            shown["counts"] = torch.stack([self.counts(number) for number in numbers])
         dropped = (torch.rand(size, generator=chance) < self.settings.unprompted).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(numbers, dropped, strict=True)]
         return {
@@ -108,7 +127,8 @@ class TextToImage(Task):
             if "latents" not in batch:
                 batch = {**batch, "latents": latents.encode(self.frozen.autoencoder, batch["pictures"])}
             text = self.frozen.words(batch["tokens"], batch["noise"].device)
-        return {"noise": wrong_noise(self.model, Noised.of(self.model, batch), self.settings.snr, c_crossattn=text)}
+        told = {"counts": batch.get("counts"), "c_crossattn": text}
+        return {"noise": wrong_noise(self.model, Noised.of(self.model, batch), self.settings.snr, **told)}
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """Pictures of some captions, by the host's own sampler."""
@@ -149,12 +169,13 @@ class Noised:
         )
 
 
-def wrong_noise(model: BaseModel, given: Noised, snr: float, **told: Any) -> Tensor:
+def wrong_noise(model: BaseModel, given: Noised, snr: float, counts: Tensor | None = None, **told: Any) -> Tensor:
     """The mean squared difference of the noise and what the model says it is, weighed (Settings.snr).
 
-    `told` is what the model is given besides, as its text.
+    `told` is what the model is given besides, as its text; `counts` [n, h, w], how much each place counts.
     """
-    wrong = mse_loss(said_noise(model, given.noisy, given.sigma, **told), given.noise, reduction="none").mean((1, 2, 3))
+    wrong = mse_loss(said_noise(model, given.noisy, given.sigma, **told), given.noise, reduction="none").mean(1)
+    wrong = (wrong if counts is None else wrong * counts).mean((1, 2))
     variance = given.sigma.square()
     most = 1 + variance if model.model_type == ModelType.V_PREDICTION else torch.ones_like(variance)
     return (wrong * (snr * variance).minimum(most)).mean()
