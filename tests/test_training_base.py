@@ -20,7 +20,7 @@ from analyzers import models as models
 from analyzers import packs as packs
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness import vocabulary
-from comfyui_likeness.training.base import clip, latents, portraits, source, unet, vae, widen
+from comfyui_likeness.training.base import clip, latents, portraits, source, unet, vae
 from comfyui_likeness.training.task import chance, start
 from models import SAMPLING
 from safetensors import safe_open
@@ -332,23 +332,6 @@ def test_heads_count_more(trained: Path) -> None:
         ones = unet.wrong_noise(task.model, given, 5.0, counts=torch.ones(3, 4, 4), c_crossattn=text)
         weighed = unet.wrong_noise(task.model, given, 5.0, counts=counts, c_crossattn=text)
     assert torch.allclose(whole, ones) and not torch.allclose(whole, weighed)
-
-
-def test_a_wider_unet_says_the_same_and_its_copies_part(trained: Path) -> None:
-    narrow = replace(small_unet(trained), levels=(1, 2))
-    made = unet.base_model(unet.config(narrow, 32)).diffusion_model
-    generator = chance(4)
-    for value in made.parameters():
-        value.data = torch.randn(value.shape, generator=generator) / (value[0].numel() ** 0.5 if value.ndim > 1 else 10)
-    wide = unet.base_model(unet.config(replace(narrow, channels=64), 32)).diffusion_model
-    wide.load_state_dict(widen.widened(made.state_dict(), wide.state_dict(), generator))
-    given = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([3.0, 700.0])
-    text = torch.randn(2, 77, 32, generator=generator)
-    with torch.no_grad():
-        said, again = (net(*given, context=text) for net in (made, wide))
-    assert torch.allclose(said, again, atol=1e-4 * said.abs().max().item())
-    first, second = wide.input_blocks[1][0].out_layers[3].weight.unflatten(1, (-1, 2)).unbind(2)
-    assert not torch.allclose(first, second)
 
 
 def test_a_unet_goes_on_in_a_wider_one(trained: Path) -> None:

@@ -72,7 +72,7 @@ ROWS: Mapping[str, Row] = {
     "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
     "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
     "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
-    "omni": replace(_omni("Omni-ID"), people=64, prompts=4),
+    "omni": replace(_omni("Omni-ID"), people=Row.people, prompts=Row.prompts),
     "adaface": Row("AdaFace", methods.adaface(ADAFACE, ARC2FACE), ADAFACE),
     "adaface_face": Row(
         "AdaFace, without composition distillation", methods.adaface(ADAFACE_FACE, ARC2FACE), ADAFACE_FACE
