@@ -84,9 +84,12 @@ def make(folder: Path, models: Path) -> Stack:
     detector(pack / "detector.onnx")
     (pack / stacks.RECOGNISER).write_bytes((folder / stacks.RECOGNISER).read_bytes())
     width = stacks.TOWERS.width
+    words = prompters.clip(width=width, heads=2, layers=2)
+    projection = words.cond_stage_model.clip_l.transformer.text_projection.weight
+    projection.copy_(torch.randn(projection.shape, generator=chance(0)) / width**0.5)
     return Stack(
         ModelPatcher(unet.load(folder / unet.FILE).eval().requires_grad_(False), CPU, CPU),
-        prompters.clip(width=width, heads=2, layers=2),
+        words,
         comfy.sd.VAE(sd=load_file(folder / vae.FILE)),
         readers.load_vision(folder / clip.VISION),
         face_analyzer.load("demo", "cpu")[0],

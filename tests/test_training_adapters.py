@@ -229,6 +229,16 @@ def test_conditions_are_dropped_as_told(stack: Path) -> None:
     assert not stacks.task("clean", stack, pool=10).batch(chance(2), 200)["faceless"].any()
 
 
+def test_heads_count_more(stack: Path) -> None:
+    plain, task = (stacks.task("arcface", stack, pool=10, heads_count=n) for n in (1.0, 3.0))
+    batch = task.batch(chance(2), 6)
+    assert "counts" not in plain.batch(chance(2), 6)
+    side = task.settings.side
+    views = [task.source.shown(number, side) for number in batch["made"]]
+    assert torch.equal(batch["counts"], torch.stack([unet.counts(view, side, 3.0) for view in views]))
+    assert float(loss(task).detach()) != float(loss(plain).detach())
+
+
 def test_a_broken_run_goes_on_to_the_same_weights(stack: Path, tmp_path: Path) -> None:
     told: dict[str, Any] = {"steps": 6, "batch": 4, "warmup": 0, "save_every": 2}
     whole, _ = fit(lambda: stacks.task("image", stack, pool=10), tmp_path / "whole", **told)

@@ -76,10 +76,11 @@ def test_portrait_world_as_shards_is_painted_once(tmp_path):
         assert torch.equal(view.others, drawn.others) and len(view.others) == of.figures - 1
         assert (view.picture.int() - drawn.picture.int()).abs().float().mean() < 4
     assert "two" in pair.caption and "two" not in alone.caption
-    options = (["--apart", "15", "--pairs", "0"], tmp_path / "views")
+    options = (["--apart", "15", "--pairs", "0", "--framing", "close"], tmp_path / "views")
     subprocess.run([*map(str, words[:3]), str(options[1]), *map(str, words[4:]), *options[0]], cwd=ROOT, check=True)
     views = ShardAlbum((tmp_path / "views").glob("*.tar"), side=32)
-    told = WorldAlbum("train", 32, apart=15.0)
+    told = WorldAlbum("train", 32, apart=15.0, framing="close")
+    assert {told.scene(1, n).framing for n in range(3)} == {"close"} != {WorldAlbum("train").scene(1, n).framing for n in range(9)}
     assert len(views) == 2 and [views.view(1, n).caption for n in range(3)] == [
         told.view(1, n).caption for n in range(3)
     ]

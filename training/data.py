@@ -73,7 +73,8 @@ class WorldAlbum:
     """Portrait World, everyone in scenes of their own: what is behind a face says nothing of whose it is.
 
     The first `people` of a split, `each` pictures of everyone: alone, or with `figures` of 2 beside somebody else. Any
-    two of somebody's poses are at least `apart` degrees apart (world.turned), as in MFHQ (2412.09694, Sec. 3.4).
+    two of somebody's poses are at least `apart` degrees apart (world.turned), as in MFHQ (2412.09694, Sec. 3.4). With a
+    `framing`, all pictures have that one (scenes.FRAMINGS).
     """
 
     split: str
@@ -82,6 +83,7 @@ class WorldAlbum:
     each: int = PICTURES
     figures: int = 1
     apart: float = 0.0
+    framing: str = ""
 
     def __len__(self) -> int:
         return self.people
@@ -94,12 +96,13 @@ class WorldAlbum:
 
     def scene(self, identity: int, picture: int) -> world.Scene:
         """The scene of one of somebody's pictures. Raises ValueError where so many are not so far apart."""
-        if not self.apart:
+        if not self.apart and not self.framing:
             return self._rolled(identity, picture)
         taken: list[world.Scene] = []
         for number in range(PICTURES):
             one = self._rolled(identity, number)
-            if all(world.turned(one.figures[0], other.figures[0]) >= self.apart for other in taken):
+            framed = self.framing in ("", one.framing)
+            if framed and all(world.turned(one.figures[0], other.figures[0]) >= self.apart for other in taken):
                 taken.append(one)
             if len(taken) > picture:
                 return one

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .data import WorldAlbum, write_shard
 from .portrait.people import SPLITS
+from .portrait.scenes import FRAMINGS
 
 PER_SHARD = 250  # people
 
@@ -18,8 +19,8 @@ PER_SHARD = 250  # people
 def missing(folder: Path, given: argparse.Namespace) -> list[tuple[WorldAlbum, range, Path]]:
     """What there is to write: people alone, then pairs, but for the shards that are there."""
     albums = {
-        "alone": WorldAlbum(given.split, given.side, given.people, given.each, apart=given.apart),
-        "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, figures=2),
+        "alone": WorldAlbum(given.split, given.side, given.people, given.each, 1, given.apart, given.framing),
+        "pairs": WorldAlbum(given.split, given.side, given.pairs, 1, 2, framing=given.framing),
     }
     found = []
     for name, album in albums.items():
@@ -40,6 +41,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--apart", type=float, default=0.0, help="degrees of pose between any two of somebody's")
     parser.add_argument("--pairs", type=int, default=7000, help="pictures of two people")
     parser.add_argument("--side", type=int, default=128, help="pixels of a picture")
+    parser.add_argument("--framing", choices=list(FRAMINGS), default="", help="of all pictures, in place of any")
     parser.add_argument("--least", type=float, default=0.0, help="pixels; pictures with a lower face are left out")
     given = parser.parse_args(words)
     given.folder.mkdir(parents=True, exist_ok=True)

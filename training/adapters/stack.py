@@ -6,6 +6,7 @@ learns is who somebody is, and not to copy a picture.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -37,8 +38,8 @@ class Settings:
 
     Of `people`, `each` has so many pictures among the first `pool` of the shards, whose latents and faces are read
     once; without a pool all are read at every step. With `other`, the face is another picture's. The caption is
-    dropped in the part `no_text`. `snr` is as the UNet's. What is drawn is of people of the shards in `strangers`, or
-    of Portrait World's validation split.
+    dropped in the part `no_text`. `snr` and `heads_count` are as the UNet's. What is drawn is of people of the shards
+    in `strangers`, or of Portrait World's validation split.
     """
 
     vae: str
@@ -52,6 +53,7 @@ class Settings:
     other: bool = True
     no_text: float = 0.1
     snr: float = 5.0
+    heads_count: float = 1.0
     strangers: str = ""
 
 
@@ -103,6 +105,7 @@ class PeopleTask(Task, Generic[Told]):
         self.settings, self.source = settings, portraits.shards(source)
         self.tokenizer = clip.SDTokenizer()
         self.frozen = Stack(settings)
+        self.counts = functools.cache(self._counts)
         found = settings.pool or len(self.source)
         self.clusters = self.source.clusters(found, settings.people, settings.each)
         if not self.clusters:
@@ -159,12 +162,17 @@ class PeopleTask(Task, Generic[Told]):
         }  # fmt: skip
 
     def _shown(self, made: Sequence[int], seen: Sequence[int]) -> Batch:
-        """Pictures to make and faces to read, as they are or as a pool has them."""
+        """Pictures to make and faces to read, as they are or as a pool has them; how much each place counts."""
+        counts = {} if self.settings.heads_count == 1 else {"counts": torch.stack([self.counts(n) for n in made])}
         if self.frozen.pool is None:
             cuts = torch.stack([self.reader.cut(self.source.view(number)) for number in seen])
-            return {"pictures": pictures(self.source, made, self.settings.side), "cuts": cuts}
+            return {"pictures": pictures(self.source, made, self.settings.side), "cuts": cuts, **counts}
         read = torch.stack([self.frozen.faces[number] for number in seen])
-        return {"latents": self.frozen.pool[list(made)].float(), "read": read.float()}
+        return {"latents": self.frozen.pool[list(made)].float(), "read": read.float(), **counts}
+
+    def _counts(self, number: int) -> Tensor:
+        side = self.settings.side
+        return unet.counts(self.source.shown(number, side), side, self.settings.heads_count)
 
     def count(self, chance: Generator) -> int:
         """How many faces each row of a batch is shown."""
@@ -220,7 +228,7 @@ class AdapterTask(PeopleTask[Told]):
             given = unet.Noised.of(held.model, batch)
         patched = attach(held, self.bound(held, batch))
         told = {"c_crossattn": text, **self.told(batch), **directly(patched, float(given.sigma.max()))}
-        return {"noise": unet.wrong_noise(held.model, given, self.settings.snr, **told)}
+        return {"noise": unet.wrong_noise(held.model, given, self.settings.snr, batch.get("counts"), **told)}
 
     def painter(self, device: torch.device) -> ModelPatcher:
         """The model that paints, as it is without a face."""

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 from ...likeness import own_file
 from ...nodes.loaders import small
 from ...nodes.loaders.small import PREDICTIONS, PREFIX, base_model
+from ..data import View
 from ..task import Batch, Task, start
 from . import clip, latents, vae, widen
 from .source import PICTURES, Source, captions, pictures, sheet, some
@@ -96,15 +97,8 @@ class TextToImage(Task):
         self.model.diffusion_model.load_state_dict(wide)
 
     def _counts(self, number: int) -> Tensor:
-        """How much each cell of a picture's latents counts, [h, w], 1 on average."""
-        side, view = self.settings.side, self.source.shown(number, self.settings.side)
-        cells = torch.arange(side // 8) * 8 + 3.5
-        counts = torch.ones(side // 8, side // 8)
-        for low, high in [view.box.view(2, 2).unbind(), *(other[:2].unbind() for other in view.others)]:
-            margin = HEAD * (high - low)
-            x, y = ((cells > a) & (cells < b) for a, b in zip(low - margin, high + margin, strict=True))
-            counts[y[:, None] & x] = self.settings.heads_count
-        return counts / counts.mean()
+        side = self.settings.side
+        return counts(self.source.shown(number, side), side, self.settings.heads_count)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, pool = self.settings.side, self.frozen.pool
@@ -179,6 +173,17 @@ def wrong_noise(model: BaseModel, given: Noised, snr: float, counts: Tensor | No
     variance = given.sigma.square()
     most = 1 + variance if model.model_type == ModelType.V_PREDICTION else torch.ones_like(variance)
     return (wrong * (snr * variance).minimum(most)).mean()
+
+
+def counts(view: View, side: int, heads: float) -> Tensor:
+    """How much each cell of a picture's latents counts, [side / 8, side / 8], 1 on average; `heads` times in heads."""
+    cells = torch.arange(side // 8) * 8 + 3.5
+    found = torch.ones(side // 8, side // 8)
+    for low, high in [view.box.view(2, 2).unbind(), *(other[:2].unbind() for other in view.others)]:
+        margin = HEAD * (high - low)
+        x, y = ((cells > a) & (cells < b) for a, b in zip(low - margin, high + margin, strict=True))
+        found[y[:, None] & x] = heads
+    return found / found.mean()
 
 
 def said_noise(model: BaseModel, noisy: Tensor, sigma: Tensor, **told: Any) -> Tensor:

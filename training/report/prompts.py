@@ -11,7 +11,7 @@ from ..portrait.people import SPLITS
 from ..portrait.scenes import NEUTRAL, STYLES
 
 SPLIT = "test"  # nobody of whom anything was trained on
-BUST = "bust"  # of whose framing a caption says nothing
+CLOSE = "close"  # as the demo's UNet was trained
 SAY = (1, 0, 1, 0, 0)  # style first, then place; nothing of framing and light
 DRESSED = (1, 1, 1, 0, 0)
 STYLED = {style: f"{begin} a person" for style, (begin, _) in STYLES.items()}
@@ -64,7 +64,7 @@ def turn(person: int, count: int, of: int) -> list[int]:
 
 
 def scenes(person: int, people: int = 1) -> Iterator[world.Scene]:
-    """Scenes of the test split's person, no two people's the same, in which heads have a bust's size."""
+    """Scenes of the test split's person, no two people's the same, as close ups."""
     numbers = range(person * PICTURES, (person + 1) * PICTURES)
     found = (world.scene(number * len(SPLITS) + list(SPLITS).index(SPLIT), people) for number in numbers)
-    return (scene for scene in found if scene.framing == BUST)
+    return (scene for scene in found if scene.framing == CLOSE)
