@@ -72,6 +72,8 @@ ROWS: Mapping[str, Row] = {
     "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
     "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
     "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
+    # With mixed attention off Infinite-ID's adapter is a decoupled one, to what both networks see.
+    "both": Row("decoupled, ArcFace and image tokens", methods.infinite(INFINITE_PLAIN, "off", "none"), INFINITE_PLAIN),
     "omni": replace(_omni("Omni-ID"), people=Row.people, prompts=Row.prompts),
     "adaface": Row("AdaFace", methods.adaface(ADAFACE, ARC2FACE), ADAFACE),
     "adaface_face": Row(
@@ -145,6 +147,10 @@ TABLES = (
         "Table 2 and Fig. 8: what self-attention reads, and how the identity's features are brought to the text's.",
         "attention, style",
     ),
+    Table(
+        "Omni-ID: other tokens", ["decoupled_arcface", "decoupled_image", "both", "omni"],
+        "Table 1: adapters of one kind; those beside Omni-ID read a single photo.",
+    ),
     Table("Omni-ID: photos", _keys("photos_"), "Fig. 6: photos that are read together.", "photos"),
     Table(
         "Omni-ID: training", ["photos_3", *_keys("encoder_")],
@@ -176,6 +182,7 @@ CLAIMS = (
     Claim("AdaIN finds the style (Infinite-ID)", "rising", ("mixed_none", "mixed_adain"), "style"),
     Claim("Omni-ID's tokens are above ArcFace's (Omni-ID, Table 1)", "rising", ("decoupled_arcface", "omni")),
     Claim("Omni-ID's tokens are above the image's (Omni-ID, Table 1)", "rising", ("decoupled_image", "omni")),
+    Claim("Omni-ID's tokens are above both's (Omni-ID, Table 1)", "rising", ("both", "omni")),
     Claim("more photos are better (Omni-ID)", "rising", tuple(_keys("photos_"))),
     Claim("to 8 is above to 5, and that above to 1 (Omni-ID, Table 2)", "rising",
           ("encoder_3_1", "encoder_3_5", "photos_3")),
