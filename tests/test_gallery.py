@@ -26,7 +26,7 @@ from flows import misfits
 from PIL import Image
 
 VOID = ("meta", "img")
-FILED = ("file", "model_pack")  # choices of the files that there are
+FILED = ("file", "arc2face", "model_pack")  # choices of the files that there are
 PARTS = {part.title: part for part in prompts.parts()}
 FOUND = ("0.123", "-0.200, 0.456", "no face found", "0.123", "0.123")
 REPORT = "\n".join(["a warning", *(f"picture {number}: {found}" for number, found in enumerate(FOUND, 1))])
@@ -40,7 +40,7 @@ class Drawing(Server):
 
     def queue(self, prompt: dict[str, Any], timeout: float = 0) -> dict[str, Any]:
         told = {key: node["inputs"] for key, node in prompt.items()}
-        texts = told["texts"]["texts"].splitlines() if "texts" in told else range(prompts.PHOTOS)
+        texts = asked(prompt) or range(prompts.PHOTOS)
         colours = [colour(text, told.get("latents", {}).get("seed", 0)) for text in texts]
         images = [self.save(one) for one in colours]
         return {
@@ -51,6 +51,12 @@ class Drawing(Server):
         name = f"{len(list(self.output.iterdir()))}.png"
         Image.new("RGB", (8, 8), colour).save(self.output / name)
         return {"type": "output", "filename": name}
+
+
+def asked(prompt: dict[str, Any]) -> list[str]:
+    """The texts of a prompt's batch."""
+    said = prompt["texts"]["inputs"] if "texts" in prompt else {}
+    return [prompt[key]["inputs"]["text"] for key, _ in said.values()]
 
 
 def colour(text: object, seed: int) -> tuple[int, ...]:
@@ -92,13 +98,13 @@ def declared() -> dict[str, Any]:
     import comfy_extras.nodes_preview_any as texts
     from comfyui_likeness.nodes.loaders import files
     from comfyui_likeness.nodes.registry import NODES
-    from comfyui_likeness.tools.gallery import gallery_texts
+    from comfyui_likeness.tools.gallery import gallery_batch
 
     import nodes
 
     files.register()
     extras = [masks.SolidMask, masks.MaskComposite, *NODES]
-    kinds = nodes.NODE_CLASS_MAPPINGS | texts.NODE_CLASS_MAPPINGS | gallery_texts.NODE_CLASS_MAPPINGS
+    kinds = nodes.NODE_CLASS_MAPPINGS | texts.NODE_CLASS_MAPPINGS | gallery_batch.NODE_CLASS_MAPPINGS
     kinds |= {one.define_schema().node_id: one for one in extras}
     wanted = {node["class_type"] for part in PARTS.values() for row in part.rows for node in row.prompt.values()}
     return {
@@ -109,7 +115,7 @@ def declared() -> dict[str, Any]:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """A folder with an empty file for each that the gallery reads."""
-    for file in [*render.BASE, *(method.file for method in methods.METHODS)]:
+    for file in [*render.BASE, *(file for method in methods.METHODS for file in method.files)]:
         (tmp_path / "weights" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "weights" / file).touch()
     return tmp_path / "weights"
@@ -141,24 +147,16 @@ def test_rows_differ_in_nothing_but_the_person():
     for title in found.keys() - {"Three strangers", "Two people together"}:
         for prompt in found[title]:
             latents = {**prompt["latents"]["inputs"], "model": bare["latents"]["inputs"]["model"]}
-            assert latents == bare["latents"]["inputs"]
-            assert [prompt[key] for key in ("texts", "empty")] == [bare[key] for key in ("texts", "empty")]
+            assert latents == bare["latents"]["inputs"] and prompt["empty"] == bare["empty"]
+            assert asked(prompt) == asked(bare) == list(prompts.ALONE)
 
 
 def test_each_picture_of_a_batch_has_its_text():
-    from comfyui_likeness.tools.gallery.gallery_texts import GalleryTexts
+    from comfyui_likeness.tools.gallery.gallery_batch import GalleryBatch
 
-    class Counting:
-        """Encodes a text as how often it has each letter of the alphabet's first four."""
-
-        def tokenize(self, text: str) -> list[int]:
-            return [text.count(letter) for letter in "abcd"]
-
-        def encode_from_tokens_scheduled(self, tokens: list[int]) -> list[Any]:
-            return [[torch.tensor([[tokens]]), {"pooled_output": None}]]
-
-    (((words, _),),) = GalleryTexts().encode(Counting(), "aab\ncd")
-    assert torch.equal(words, torch.tensor([[[2, 1, 0, 0]], [[0, 0, 1, 1]]]))
+    first, second = torch.tensor([[[2.0, 1.0]]]), torch.tensor([[[0.0, 3.0]]])
+    (((words, told),),) = GalleryBatch().join(prompt_1=[[second, {"of": 1}]], prompt_0=[[first, {"of": 0}]])
+    assert torch.equal(words, torch.cat([first, second])) and told == {"of": 0}
 
 
 def test_the_page_holds_every_picture_and_needs_nothing_else(tmp_path, weights):
@@ -185,7 +183,7 @@ def test_pictures_are_from_left_to_right(tmp_path, weights):
 
 
 def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path, weights):
-    (weights / methods.FLASHFACE.file).unlink()
+    (weights / methods.FLASHFACE.files[0]).unlink()
     sections = {section.title: section for section in drawn(tmp_path, weights)}
     assert sections.keys() == PARTS.keys()
     assert [title for title, section in sections.items() if not section.lines] == ["FlashFace"]
@@ -211,7 +209,7 @@ def test_a_file_is_the_person(tmp_path, weights):
     (section,) = drawn(tmp_path, weights, [kept])
     assert section.note.startswith("5 of 5 pictures")
     other = copy.deepcopy(kept.rows[1])
-    other.prompt["texts"]["inputs"]["texts"] = "\n".join([*prompts.ALONE[:4], "another"])
+    other.prompt["prompt_4"]["inputs"]["text"] = "another"
     (section,) = drawn(tmp_path, weights, [replace(kept, rows=[kept.rows[0], other])])
     assert section.note.startswith("4 of 5 pictures")
 

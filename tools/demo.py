@@ -47,7 +47,11 @@ INSTEAD: dict[str, dict[str, Any]] = {
 
 # What a prompt reads of weights/, which needs no stand-in, by a class or a value in it.
 DEMO = "LikenessLoadDemo"
-BROUGHT = {DEMO: render.MODELS, "demo": render.PACK, **{Path(one.file).name: (one.file,) for one in METHODS}}
+BROUGHT = {
+    DEMO: render.MODELS,
+    "demo": render.PACK,
+    **{Path(file).name: (file,) for one in METHODS for file in one.files},
+}
 
 Prompt = dict[str, Any]
 

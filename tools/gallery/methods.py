@@ -9,6 +9,8 @@ from typing import Any
 Prompt = dict[str, Any]
 Socket = Sequence[Any]  # a node's key, and which of its outputs
 
+SAY = "say"  # how a prompt is written, in place of ComfyUI's own node: all but its text
+ENCODER = "omni"  # an Omni-ID encoder that all photos are read with
 MODEL, CLIP, VAE, VISION = (["models", output] for output in range(4))  # of Load Demo Models
 ALWAYS = {"start_percent": 0.0, "end_percent": 1.0}
 
@@ -47,44 +49,87 @@ def flashface(file: str, who: Socket) -> Prompt:
     }
 
 
+def mixed(file: str, who: Socket) -> Prompt:
+    """As the paper has it: mixed attention with a text stream of its own, and AdaIN-mean."""
+    told = {"strength": 1.0, "style": "AdaIN-mean", "attention": "mixed", "text_stream": "own", **ALWAYS}
+    return {
+        "adapter": _adapter(file),
+        "apply": node("LikenessApplyMixed", model=MODEL, adapter=["adapter", 0], identity=who, **told),
+    }
+
+
+def omni(file: str, encoder: str, who: Socket) -> Prompt:
+    return {ENCODER: node("LikenessLoadOmniID", file=encoder), **decoupled(file, who)}
+
+
+def adaface(file: str, arc2face: str, who: Socket) -> Prompt:
+    """The person in the place of the prompts' class word; the model is as it is."""
+    told = {"strength": 1.0, "class_word": "person", "placeholder": "person"}
+    return {
+        "prompter": node("LikenessLoadAdaFace", file=file, arc2face=arc2face),
+        SAY: node("LikenessPrompt", clip=CLIP, prompter=["prompter", 0], identity=who, **told),
+    }
+
+
 @dataclass(frozen=True)
 class Method:
-    """`file` lies in `weights/`; `nodes` puts a person, or people, into the model: its output 0 is that of `apply`."""
+    """`nodes` of the names of the `files`, which lie in `weights/`, and of a person, or people, puts these into the
+    model, whose output 0 is that of `apply`, or into the prompts (SAY)."""
 
     title: str
     text: str
-    file: str
-    nodes: Callable[[str, Socket], Prompt]
+    files: Sequence[str]
+    nodes: Callable[..., Prompt]
 
     def applied(self, who: Socket) -> Prompt:
-        return self.nodes(self.file.rpartition("/")[2], who)
+        return self.nodes(*(file.rpartition("/")[2] for file in self.files), who)
 
 
 DECOUPLED = Method(
     "Decoupled attention",
     "FaceID's way (IP-Adapter, arXiv 2308.06721): a face vector becomes 4 tokens, which a second cross-attention reads "
     "beside the text's.",
-    "ipadapter/demo_faceid.safetensors",
+    ["ipadapter/demo_faceid.safetensors"],
     decoupled,
 )
 PLUS = Method(
     "Plus Face",
     "The same attention, but its 8 tokens come from all that an image encoder sees of the head, hair and clothes "
     "included.",
-    "ipadapter/demo_plus_face.safetensors",
+    ["ipadapter/demo_plus_face.safetensors"],
     decoupled,
 )
 FUSED = Method(
     "Fused KV",
     "Keys and values of the face stand behind those of the text in each cross-attention: one softmax over both.",
-    "likeness/demo_fused.safetensors",
+    ["likeness/demo_fused.safetensors"],
     fused,
 )
 FLASHFACE = Method(
     "FlashFace",
     "A second UNet reads the photos at every step, and added layers of the first attend to what it saw "
     "(arXiv 2403.17008).",
-    "likeness/demo_flashface.safetensors",
+    ["likeness/demo_flashface.safetensors"],
     flashface,
 )
-METHODS = (DECOUPLED, PLUS, FUSED, FLASHFACE)
+INFINITE = Method(
+    "Infinite-ID",
+    "A second cross-attention reads the face, while self-attention also reads a stream that the prompt alone paints, "
+    "so that its words and style survive (arXiv 2403.11781).",
+    ["likeness/demo_infinite_id.safetensors"],
+    mixed,
+)
+OMNI = Method(
+    "Omni-ID",
+    "One encoder reads all photos together, and what each hides another shows (arXiv 2412.09694); decoupled attention "
+    "reads its tokens.",
+    ["likeness/demo_omni_id.safetensors", "likeness/omni_id.safetensors"],
+    omni,
+)
+ADAFACE = Method(
+    "AdaFace",
+    "The person as words of the prompt, in the place of the word person: nothing of the model is patched.",
+    ["likeness/demo_adaface.safetensors", "likeness/demo_arc2face.safetensors"],
+    adaface,
+)
+METHODS = (DECOUPLED, PLUS, FUSED, FLASHFACE, INFINITE, OMNI, ADAFACE)

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .methods import CLIP, DECOUPLED, FUSED, METHODS, MODEL, VAE, VISION, Method, Prompt, Socket, node
+from .methods import (
+    CLIP,
+    DECOUPLED,
+    ENCODER,
+    FUSED,
+    METHODS,
+    MODEL,
+    SAY,
+    VAE,
+    VISION,
+    Method,
+    Prompt,
+    Socket,
+    node,
+)
 
 PEOPLE = ("Bo", "Finn", "Kim")
 FIRST, _, LAST = PEOPLE
@@ -56,8 +70,11 @@ def identity(person: str) -> Socket:
     return [f"identity_{person}", 0]
 
 
-def stage() -> Prompt:
-    """What most rows need. It is in every prompt, as the server forgets what the next one does not name."""
+def stage(**told: Socket) -> Prompt:
+    """What most rows need. It is in every prompt, as the server forgets what the next one does not name.
+
+    `told` is what photos are read with besides.
+    """
     nodes: Prompt = {
         "models": node("LikenessLoadDemo"),
         "analyzer": node("LikenessLoadFaceAnalyzer", model_pack="demo", provider="cpu"),
@@ -67,7 +84,7 @@ def stage() -> Prompt:
         nodes[f"photos_{person}"] = node("LikenessDemoPerson", person=person)
         given: Prompt = {"photos.photo_0": [f"photos_{person}", 0], "face_analyzer": ["analyzer", 0]}
         given |= {"image_encoder": VISION, "name": person, "pick": "largest", "on_missing": "skip"}
-        nodes[f"identity_{person}"] = node("LikenessEncodeIdentity", **given)
+        nodes[f"identity_{person}"] = node("LikenessEncodeIdentity", **given, **told)
     return nodes
 
 
@@ -81,9 +98,12 @@ def painted(nodes: Prompt, texts: Sequence[str], whom: Socket | None = None) -> 
     How like `whom` each is, is told. All rows of as many texts have, column by column, the same noise.
     """
     given: Prompt = {"model": ["apply", 0] if "apply" in nodes else MODEL, "latent_image": ["empty", 0]}
-    made = stage() | nodes
+    made = stage(**({"omni_id": [ENCODER, 0]} if ENCODER in nodes else {})) | nodes
+    say = made.pop(SAY, node("CLIPTextEncode", clip=CLIP))
+    said = {f"prompt_{number}": text for number, text in enumerate(texts)}
+    made |= {name: node(say["class_type"], **say["inputs"], text=text) for name, text in said.items()}
     made |= {
-        "texts": node("GalleryTexts", clip=CLIP, texts="\n".join(texts)),
+        "texts": node("GalleryBatch", **{name: [name, 0] for name in said}),
         "empty": node("EmptyLatentImage", width=SIDE, height=SIDE, batch_size=len(texts)),
         "latents": node("KSampler", positive=["texts", 0], negative=["negative", 0], **given, **SAMPLING),
         "pixels": node("VAEDecode", samples=["latents", 0], vae=VAE),
@@ -110,7 +130,7 @@ def _alone(method: Method) -> Part:
     rows = [
         Row(person, painted(method.applied(identity(person)), ALONE, identity(person)), person) for person in PEOPLE
     ]
-    return Part(method.title, method.text, ALONE, rows, [method.file])
+    return Part(method.title, method.text, ALONE, rows, method.files)
 
 
 def _together() -> Part:
@@ -132,7 +152,7 @@ def _together() -> Part:
         Row(f"{FIRST} left, {LAST} right", painted(nodes | FUSED.applied([LAST, 0]), PAIRS)),
     ]
     text = "By Fused KV: one prompt, and for each person a mask over a half of the picture."
-    return Part("Two people together", text, PAIRS, rows, [FUSED.file])
+    return Part("Two people together", text, PAIRS, rows, FUSED.files)
 
 
 def _mixed() -> Part:
@@ -142,7 +162,7 @@ def _mixed() -> Part:
         mixed = node("LikenessMixIdentities", weights=f"{100 - share}, {share}", **both)
         rows.append(Row(f"{share} % {LAST}", painted({"mixed": mixed, **DECOUPLED.applied(["mixed", 0])}, ALONE)))
     text = "By decoupled attention: face vectors blended along the sphere they live on."
-    return Part(f"From {FIRST} to {LAST}", text, ALONE, rows, [DECOUPLED.file])
+    return Part(f"From {FIRST} to {LAST}", text, ALONE, rows, DECOUPLED.files)
 
 
 def _kept() -> Part:
@@ -153,7 +173,7 @@ def _kept() -> Part:
         Row("from the file", painted({"load": load, **DECOUPLED.applied(["load", 0])}, ALONE), FIRST),
     ]
     text = f"{FIRST} as encoded from the photos, and as an identity that was saved to a file and loaded from it."
-    return Part("A person as a file", text, ALONE, rows, [DECOUPLED.file], same=True)
+    return Part("A person as a file", text, ALONE, rows, DECOUPLED.files, same=True)
 
 
 def parts() -> list[Part]:

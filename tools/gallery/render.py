@@ -20,7 +20,7 @@ WEIGHTS = host.ROOT / "weights"
 MODELS = tuple(f"demo/{name}.safetensors" for name in ("unet", "text", "vae", "vision"))
 PACK = tuple(f"insightface/models/demo/{name}.onnx" for name in ("detector", "recogniser"))
 BASE = (*MODELS, *PACK)
-NODE = Path(__file__).with_name("gallery_texts.py")
+NODE = Path(__file__).with_name("gallery_batch.py")
 TITLE = "Likeness: one person, any prompt"
 ABOUT = (
     "Three people, five prompts, every method, by ComfyUI's own sampler. Models and people come from Portrait World, a "
