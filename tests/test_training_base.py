@@ -322,7 +322,7 @@ def test_heads_count_more(trained: Path) -> None:
     counts = batch["counts"]
     assert counts.shape == (3, 4, 4) and torch.allclose(counts.mean((1, 2)), torch.ones(3))
     assert torch.allclose(counts.amax((1, 2)), 3 * counts.amin((1, 2)))
-    top = task.counts(next(number for number in range(99) if DISCS.caption(number).endswith("top")))
+    (top,) = task.counts([next(number for number in range(99) if DISCS.caption(number).endswith("top"))])["counts"]
     assert top[:2].max() > top[3].max()
     start(task.model.diffusion_model, 4)
     given = unet.Noised.of(task.model, {**batch, "latents": torch.zeros(3, 4, 4, 4)})

@@ -6,7 +6,6 @@ learns is who somebody is, and not to copy a picture.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -105,7 +104,7 @@ class PeopleTask(Task, Generic[Told]):
         self.settings, self.source = settings, portraits.shards(source)
         self.tokenizer = clip.SDTokenizer()
         self.frozen = Stack(settings)
-        self.counts = functools.cache(self._counts)
+        self.counts = unet.counting(self.source, settings.side, settings.heads_count)
         found = settings.pool or len(self.source)
         self.clusters = self.source.clusters(found, settings.people, settings.each)
         if not self.clusters:
@@ -163,16 +162,12 @@ class PeopleTask(Task, Generic[Told]):
 
     def _shown(self, made: Sequence[int], seen: Sequence[int]) -> Batch:
         """Pictures to make and faces to read, as they are or as a pool has them; how much each place counts."""
-        counts = {} if self.settings.heads_count == 1 else {"counts": torch.stack([self.counts(n) for n in made])}
+        counts = self.counts(made)
         if self.frozen.pool is None:
             cuts = torch.stack([self.reader.cut(self.source.view(number)) for number in seen])
             return {"pictures": pictures(self.source, made, self.settings.side), "cuts": cuts, **counts}
         read = torch.stack([self.frozen.faces[number] for number in seen])
         return {"latents": self.frozen.pool[list(made)].float(), "read": read.float(), **counts}
-
-    def _counts(self, number: int) -> Tensor:
-        side = self.settings.side
-        return unet.counts(self.source.shown(number, side), side, self.settings.heads_count)
 
     def count(self, chance: Generator) -> int:
         """How many faces each row of a batch is shown."""

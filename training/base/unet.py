@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class TextToImage(Task):
         self.config = config(settings, width)
         self.model: Any = base_model(self.config, settings.prediction)
         start(self.model.diffusion_model, seed, silent=SILENT)
-        self.counts = functools.cache(self._counts)
+        self.counts = counting(source, settings.side, settings.heads_count)
         if settings.begin:
             self._begin(Path(settings.begin), seed)
 
@@ -96,22 +96,16 @@ class TextToImage(Task):
         wide = old if same else widen.widened(old, new, Generator().manual_seed(seed))
         self.model.diffusion_model.load_state_dict(wide)
 
-    def _counts(self, number: int) -> Tensor:
-        side = self.settings.side
-        return counts(self.source.shown(number, side), side, self.settings.heads_count)
-
     def batch(self, chance: Generator, size: int) -> Batch:
         side, pool = self.settings.side, self.frozen.pool
         numbers = some(chance, size, PICTURES if pool is None else len(pool))
         shown = (
             {"pictures": pictures(self.source, numbers, side)} if pool is None else {"latents": pool[numbers].float()}
         )
-        if self.settings.heads_count != 1:
-            shown["counts"] = torch.stack([self.counts(number) for number in numbers])
         dropped = (torch.rand(size, generator=chance) < self.settings.unprompted).tolist()
         texts = ["" if gone else self.source.caption(number) for number, gone in zip(numbers, dropped, strict=True)]
         return {
-            **shown, "tokens": clip.tokenize(self.tokenizer, texts),
+            **shown, **self.counts(numbers), "tokens": clip.tokenize(self.tokenizer, texts),
             "noise": torch.randn(size, 4, side // 8, side // 8, generator=chance),
             "times": torch.randint(self.model.model_sampling.num_timesteps, (size,), generator=chance),
         }  # fmt: skip
@@ -184,6 +178,14 @@ def counts(view: View, side: int, heads: float) -> Tensor:
         x, y = ((cells > a) & (cells < b) for a, b in zip(low - margin, high + margin, strict=True))
         found[y[:, None] & x] = heads
     return found / found.mean()
+
+
+def counting(source: Source, side: int, heads: float) -> Callable[[Sequence[int]], Batch]:
+    """What tells a batch of pictures by number how much each place counts: nothing where all count the same."""
+    if heads == 1:
+        return lambda numbers: {}
+    one = functools.cache(lambda number: counts(source.shown(number, side), side, heads))
+    return lambda numbers: {"counts": torch.stack([one(number) for number in numbers])}
 
 
 def said_noise(model: BaseModel, noisy: Tensor, sigma: Tensor, **told: Any) -> Tensor:
