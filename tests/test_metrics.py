@@ -43,11 +43,11 @@ def test_a_style_is_found_where_its_own_text_is_nearest() -> None:
 
 
 def test_two_people_are_right_only_where_both_are() -> None:
-    pictures = [(X, Y), (Y, X), (X, X), (X, NONE)]
+    pictures = [(X, Y), (Y, X), (X, X), (X, NONE), (X, X + Y / 2)]
     found = metrics.assignment(torch.stack([torch.stack(pair) for pair in pictures]), torch.stack((X, Y)))
-    assert found.right.tolist() == [1, 0, 0, 0]
-    assert found.own.tolist() == [1, 0, 0.5, 0.5] and found.swapped.tolist() == [0, 1, 0.5, 0]
-    assert found.lost.tolist() == [0, 0, 0, 0.5]
+    assert found.right.tolist() == [1, 0, 0, 0, 0] and found.assigned.tolist() == [1, 0, 0, 0, 1]
+    assert found.own.tolist()[:4] == [1, 0, 0.5, 0.5] and found.swapped.tolist()[:4] == [0, 1, 0.5, 0]
+    assert found.lost.tolist() == [0, 0, 0, 0.5, 0]
 
 
 def test_frechet_distance_is_that_of_normal_distributions() -> None:

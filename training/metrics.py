@@ -60,11 +60,13 @@ def likest(seen: Tensor, texts: Tensor, asked: Tensor) -> Tensor:
 class Assignment(NamedTuple):
     """Of pictures of two people, [p] each: cosines to the right and the other person, averaged over both; who is who.
 
-    `right` is 1 where each half is more like its own person than like the other.
+    `assigned` is 1 where both halves have a face, and together are likelier to be as asked than the other way round;
+    `right`, where each half alone says so.
     """
 
     own: Tensor
     swapped: Tensor
+    assigned: Tensor
     right: Tensor
     lost: Tensor  # the part of the halves without a face
 
@@ -73,7 +75,9 @@ def assignment(seen: Tensor, wanted: Tensor) -> Assignment:
     """Faces of both halves [p, 2, d] against the directions [2, d] of who was asked for there."""
     table = units(seen.double()) @ units(wanted.double()).T  # [p, half, person]
     own, swapped = table.diagonal(dim1=1, dim2=2), table.flip(2).diagonal(dim1=1, dim2=2)
-    return Assignment(own.mean(1), swapped.mean(1), (own > swapped).all(1).double(), lost(seen).mean(1))
+    right, missing = (own > swapped).all(1), lost(seen).mean(1)
+    own, swapped = own.mean(1), swapped.mean(1)
+    return Assignment(own, swapped, ((own > swapped) & (missing == 0)).double(), right.double(), missing)
 
 
 def interval(values: Tensor, seed: int = 0) -> Spread:

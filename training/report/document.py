@@ -23,8 +23,8 @@ QUALITY = 88  # of the strips
 # measure -> its column's head
 COLUMNS: Mapping[str, str] = {
     "similarity": "similarity", "ref": "Sim_ref", "target": "Sim_target", "paste": "Paste", "own": "own person",
-    "swapped": "the other", "right": "both right", "clip": "CLIP", "prompt": "prompt found",
-    "style": "style found", "lost": "no face",
+    "swapped": "the other", "assigned": "assigned", "right": "each half right", "clip": "CLIP",
+    "prompt": "prompt found", "style": "style found", "lost": "no face",
 }  # fmt: skip
 HOLDS: Mapping[bool | None, str] = {True: "yes", False: "**no**", None: "not measured"}
 
@@ -40,7 +40,8 @@ nothing else. A picture without a face counts as similarity 0; the last column i
   cosine to the person drawn as the prompt asks; their difference. (Without an adapter: to the first photo.)
 - **CLIP**: cosine of picture and prompt by the demo's CLIP pair; **prompt found**: how often it is the likest of all.
 - **style found**: how often the likest of five sentences, such as "a bronze of a person", is the right style's.
-- **both right**: pictures in which each half is more like its own person than like the other.
+- **assigned**: pictures whose two halves together are more like the people asked for there than like those people the
+  other way round; **each half right**: where either half alone says so. Without a face in a half it is neither.
 
 Each person is asked for some of the prompts, people in turn for others, so that all prompts are asked as often: 4 of 8
 where methods are compared, 2 in sweeps. Numbers are means over people with 95% bootstrap intervals over people."""
