@@ -200,8 +200,8 @@ def test_without_its_models_there_is_no_gallery(tmp_path, weights, monkeypatch):
 
 
 def test_a_photo_wants_a_workflow(tmp_path):
-    with pytest.raises(host.HostError, match="run a workflow on it instead"):
-        demo.work(["--gallery", "--photo", str(tmp_path / "me.png")])
+    with pytest.raises(host.HostError, match="name a workflow to run on it, as --workflow portrait_faceid_plusv2"):
+        demo.work(["--photo", str(tmp_path / "me.png")])
 
 
 def test_a_file_is_the_person(tmp_path, weights):

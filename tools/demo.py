@@ -1,6 +1,6 @@
-"""`python -m tools.demo`: runs a workflow headless through a real ComfyUI server on a real photo.
+"""`python -m tools.demo`: makes a gallery, one HTML file of every method, by the small models that ship with the pack.
 
-With --gallery it makes one HTML file of every method, by the small models that ship with the pack.
+With --workflow it runs a workflow headless through a real ComfyUI server on a real photo.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .gallery.methods import METHODS
 from .server import Server, ServerError, serve
 
 PROMPTS = Path(__file__).parent / "prompts"
-DEFAULT, GALLERY = "portrait_faceid_plusv2", "gallery"
+GALLERY = "gallery"
 LIBRARY = "identity_library_make"  # what it keeps, others load
 PHOTOS = "import sys, pathlib; from tools import photos; photos.make(pathlib.Path(sys.argv[1]))"
 STAND_INS = "import sys, pathlib; from tools import standins; standins.make(pathlib.Path(sys.argv[1]), sys.argv[2:])"
@@ -184,10 +184,9 @@ def on_stand_ins(found: host.Host, prompt: Prompt, photo: Path | None, output: P
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--workflow", default=DEFAULT, metavar="NAME", help=f"what to run (default {DEFAULT})")
-    parser.add_argument("--gallery", action="store_true", help="make the gallery instead")
+    parser.add_argument("--workflow", metavar="NAME", help="a workflow to run instead of making the gallery")
     parser.add_argument("--photo", type=Path, metavar="FILE", help="the workflow's person (default: an astronaut)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where what is made goes (default .host/demo/NAME)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where what is made goes (default: in .host/demo)")
     parser.add_argument("--list", action="store_true", help="print the names of the workflows")
     return parser.parse_args(arguments)
 
@@ -197,11 +196,14 @@ def work(arguments: list[str]) -> int:
     if options.list:
         print("\n".join(names()))
         return 0
-    if options.gallery and options.photo is not None:
-        raise host.HostError("got a photo for the gallery, which has people of its own; run a workflow on it instead")
-    output = (options.out or host.HOME / "demo" / (GALLERY if options.gallery else options.workflow)).resolve()
+    if options.workflow is None and options.photo is not None:
+        raise host.HostError(
+            "got a photo for the gallery, which has people of its own; name a workflow to run on it, as "
+            "--workflow portrait_faceid_plusv2"
+        )
+    output = (options.out or host.HOME / "demo" / (options.workflow or GALLERY)).resolve()
     try:
-        return gallery(output) if options.gallery else one(options, output)
+        return gallery(output) if options.workflow is None else one(options, output)
     except ServerError as error:
         raise host.HostError(str(error)) from error
 
