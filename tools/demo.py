@@ -1,4 +1,4 @@
-"""`python -m tools.demo`: makes a gallery, one HTML file of every method, by the small models that ship with the pack.
+"""`python -m tools.demo`: makes a gallery, one HTML file, method by method, by the small models of the pack.
 
 With --workflow it runs a workflow headless through a real ComfyUI server on a real photo.
 """

@@ -1,1 +1,1 @@
-"""One page that shows every method, painted by the small models in `weights/` through a real ComfyUI server."""
+"""One page that shows method by method, painted by the small models in `weights/` through a real ComfyUI server."""

@@ -23,8 +23,8 @@ BASE = (*MODELS, *PACK)
 NODE = Path(__file__).with_name("gallery_batch.py")
 TITLE = "Likeness: one person, any prompt"
 ABOUT = (
-    "Three people, five prompts, every method, by ComfyUI's own sampler. Models and people come from Portrait World, a "
-    "world of drawn people: they are small, ship with the pack, and know no photographs.",
+    "Three people, five prompts, method by method, by ComfyUI's own sampler. Models and people come from Portrait "
+    "World, a world of drawn people: they are small, ship with the pack, and know no photographs.",
     "The number below a picture says how like the person its face is: the cosine to the photos, 1 at most, by the "
     "demo's own recogniser, whose vectors decoupled attention also reads.",
 )

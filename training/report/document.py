@@ -41,7 +41,7 @@ nothing else. A picture without a face counts as similarity 0; the last column i
 - **CLIP**: cosine of picture and prompt by the demo's CLIP pair; **prompt found**: how often it is the likest of all.
 - **style found**: how often the likest of five sentences, such as "a bronze of a person", is the right style's.
 - **assigned**: pictures whose two halves together are more like the people asked for there than like those people the
-  other way round; **each half right**: where either half alone says so. Without a face in a half it is neither.
+  other way round; **each half right**: where each half alone says so. Without a face in a half it is neither.
 
 Each person is asked for some of the prompts, people in turn for others, so that all prompts are asked as often: 4 of 8
 where methods are compared, 2 in sweeps. Numbers are means over people with 95% bootstrap intervals over people."""
@@ -113,7 +113,7 @@ def lines(folder: Path, made: Made, rows: Mapping[str, Any]) -> Iterator[str]:
         tried = f"; {claim.tried}" if said.holds is False and claim.tried else ""
         yield f"| {claim.text} | {HOLDS[said.holds]} | {claim.measure}: {said.told}{tried} |"
     for table in TABLES:
-        yield from _table(table, found)
+        yield from _table(table, found, made.adapters)
     yield "\n## Weights\n\n| file | sha256 | training |\n|---|---|---|"
     every = {**made.base, **made.adapters}
     yield from (f"| {file} | {one.digest} | {one.notes} |" for file, one in every.items())
@@ -133,7 +133,7 @@ def _title(table: Table, key: str) -> str:
     return f"{table.title}: {name}" if table.first == "method" else f"{table.title}: {table.first} {name}"
 
 
-def _table(table: Table, found: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
+def _table(table: Table, found: Mapping[str, Mapping[str, Tensor]], adapters: Mapping[str, Shipped]) -> Iterator[str]:
     there = {name for key in table.rows for name in found.get(key, {})}
     names = [name for name in COLUMNS if name in there]
     yield f"\n## {table.title}\n\n{table.text}\n"
@@ -142,7 +142,8 @@ def _table(table: Table, found: Mapping[str, Mapping[str, Tensor]]) -> Iterator[
     for key in table.rows:
         row, measured = ROWS[key], found.get(key, {})
         people = len(next(iter(measured.values()), ()))
-        cells = [_cell(measured.get(name)) for name in names] if people else [f"not measured: no {row.file}"]
+        missing = f": no {row.file}" if row.file and row.file not in adapters else ""
+        cells = [_cell(measured.get(name)) for name in names] if people else [f"not measured{missing}"]
         yield f"| {row.name} | {row.photos} | {people} | {' | '.join(cells)} |"
 
 
