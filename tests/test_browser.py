@@ -65,7 +65,14 @@ def test_templates_list_the_pack(front, server):
     assert sorted(listed[PACK]) == NAMES
     front.page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     front.page.get_by_text(PACK, exact=True).first.click(timeout=20_000)
-    for name in NAMES:
-        front.page.get_by_text(name, exact=True).first.wait_for(timeout=10_000)
+    front.page.get_by_text("Node graph").first.hover(timeout=20_000)
+    unseen = set(NAMES)
+    for _ in range(40):  # the dialog adds cards as it is scrolled
+        unseen = {name for name in unseen if not front.page.get_by_text(name, exact=True).count()}
+        if not unseen:
+            break
+        front.page.mouse.wheel(0, 1000)
+        front.page.wait_for_timeout(500)
+    assert not unseen
     front.page.screenshot(path=ARTIFACTS / "templates.png")
     front.page.keyboard.press("Escape")
