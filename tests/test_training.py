@@ -245,8 +245,8 @@ side = 64
         (("steps = 10", "steps = 0"), "vae", r"got steps = 0 in \[run\]; expected more"),
         (("steps = 10", "steps = 10\nema = 1.0"), "vae", "got ema = 1.0"),
         (("steps = 10", 'steps = 10\nprecision = "int8"'), "vae", "'int8'.*expected no or bf16 or fp16"),
-        (("[task]", "[tsk]"), "vae", r"expected the tables \[run\] and \[task\]; take out tsk"),
-        (("[task]\nside = 64", ""), "vae", "add task"),
+        (("[task]", "[tsk]"), "vae", r"got tsk in .*; expected the tables \[run\] and \[task\]"),
+        (("[task]\nside = 64", ""), "vae", r"without \[task\].*; add"),
         (("[task]", "[task"), "vae", "cannot be read"),
         (("side = 64", 'network = "deep"'), "recogniser", "'deep'.*residual or separable"),
         (("side = 64", 'vae = "v"\ntext = "t"\nlevels = [1, 2]'), "unet", "2 levels and 4 depths"),
@@ -261,6 +261,23 @@ def test_what_a_config_gets_wrong_is_said(tmp_path: Path, change: tuple[str, str
     file.write_text(GOOD.replace(*change))
     with pytest.raises(ValueError, match=message):
         tasks.settings(what, file)
+
+
+def test_a_config_like_another_tells_what_differs(tmp_path: Path) -> None:
+    other, file = tmp_path / "other.toml", tmp_path / "config.toml"
+    other.write_text(GOOD)
+    file.write_text('like = "other.toml"\n[run]\nfolder = "mine"\n[task]\ncrop = 32')
+    run, about = tasks.settings("vae", file)
+    assert run == config.Run(folder="mine", steps=10, batch=2, rate=1.0) and (about.side, about.crop) == (64, 32)
+    for text, message in (
+        ('like = "other.toml"\n[task]\ncrop = 32', "no folder in .*other.toml trains in its own"),
+        ('like = "none.toml"', "like = 'none.toml'.*the name of a config in"),
+        ("like = 5", "like = 5.*the name of a config"),
+        ('like = "config.toml"\n[run]\nfolder = "mine"', "like config.toml itself"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            tasks.settings("vae", file)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -1,4 +1,7 @@
-"""Config files: TOML tables into frozen dataclasses. Whatever a dataclass does not know is an error."""
+"""Config files: TOML tables into frozen dataclasses. Whatever a dataclass does not know is an error.
+
+A file that is `like` another beside it tells only what differs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 toml: Any = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 TABLES = ("run", "task")
+LIKE = "like"
 PRECISIONS = ("no", "bf16", "fp16")
 
 Settings = TypeVar("Settings")
@@ -57,19 +61,40 @@ class Run:
 
 
 def tables(file: Path) -> dict[str, dict[str, Any]]:
-    """The tables `run` and `task` of a file. Raises ValueError where it has others, or lacks one."""
+    """The tables `run` and `task` of a file, on those of the file that it is like.
+
+    Raises ValueError where it has others, or lacks one, or would train in the other's folder.
+    """
+    like, told = _told(file)
+    if like is not None:
+        told = _like(file, like, told)
+    missing = [name for name in TABLES if name not in told]
+    if missing:
+        raise ValueError(f"got {file} without [{'] and ['.join(missing)}]; expected [run] and [task]; add them")
+    return told
+
+
+def _told(file: Path) -> tuple[Any, dict[str, dict[str, Any]]]:
     try:
         told = toml.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, toml.TOMLDecodeError) as error:
         raise ValueError(f"got {file}, which cannot be read ({error}); expected a TOML file") from error
+    like = told.pop(LIKE, None)
     wrong = [name for name in told if name not in TABLES or not isinstance(told[name], dict)]
-    missing = [name for name in TABLES if name not in told]
-    if wrong or missing:
-        raise ValueError(
-            f"got {file} with {', '.join(told) or 'nothing'}; expected the tables [run] and [task]; "
-            f"{'take out ' + ', '.join(wrong) if wrong else 'add ' + ', '.join(missing)}"
-        )
-    return told
+    if wrong:
+        raise ValueError(f"got {', '.join(wrong)} in {file}; expected the tables [run] and [task]; take out the others")
+    return like, told
+
+
+def _like(file: Path, like: Any, told: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    if not isinstance(like, str) or not (file.parent / like).is_file():
+        raise ValueError(f"got {LIKE} = {like!r} in {file}; expected the name of a config in {file.parent}")
+    further, other = _told(file.parent / like)
+    if further is not None:
+        raise ValueError(f"got {LIKE} = {like!r} in {file}, which is like {further} itself; name that")
+    if "folder" not in told.get("run", {}):
+        raise ValueError(f"got no folder in [run] of {file}; expected one, since {like} trains in its own; add it")
+    return {name: {**other.get(name, {}), **told.get(name, {})} for name in TABLES if name in other or name in told}
 
 
 def read(kind: type[Settings], table: Mapping[str, Any], name: str) -> Settings:
