@@ -1,4 +1,4 @@
-"""The VAE's losses: pixels, edges, moments, and pictures and latents made smaller together (EQ-VAE)."""
+"""The VAE learns, from squares of pixels, by differences of pixels and edges and by moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from comfyui_likeness.training.base import source, vae
 from comfyui_likeness.training.task import chance
-from safetensors.torch import load_file
 from torch import nn
 from trainings import DISCS, fit
 
@@ -38,30 +37,3 @@ def test_edges_tell_a_blurred_picture_and_moments_a_wide_latent() -> None:
     assert vae.moments(normal).item() == pytest.approx(0, abs=1e-3)
     wide, shifted = vae.moments(2 * normal).item(), vae.moments(normal + 1).item()
     assert wide == pytest.approx(0.5 * (4 - 1 - math.log(4)), rel=0.05) and shifted == pytest.approx(0.5, rel=0.05)
-
-
-def test_smaller_latents_are_asked_to_be_smaller_pictures() -> None:
-    plain, scaled = (vae.Vae(vae.Settings(side=32, scaled=weight), DISCS, 0) for weight in (0.0, 2.0))
-    batch = plain.batch(chance(5), 3)
-    assert "scaled" not in plain(batch)
-    batch["smaller"][:] = 2
-    found = scaled({**batch, "noise": torch.zeros_like(batch["noise"])})["scaled"]
-    asked = vae.smaller(batch["pictures"], 16)
-    made = scaled.vae.decode(vae.smaller(scaled.vae.encode(batch["pictures"] * 2 - 1), 2)) / 2 + 0.5
-    squares, edges = 4 * (made - asked).square().mean(), 0.3 * vae.edges(made, asked)
-    assert found.item() == pytest.approx(2 * ((made - asked).abs().mean() + squares + edges).item(), rel=1e-4)
-    assert vae.smaller(batch["pictures"], 32).equal(batch["pictures"])
-
-
-def test_sizes_of_smaller_pictures_are_between_half_and_whole() -> None:
-    batch = vae.Vae(vae.Settings(side=64), DISCS, 0).batch(chance(5), 200)
-    assert set(batch["smaller"].tolist()) == {4, 5, 6, 7}
-
-
-def test_inner_layers_alone_are_trained(tmp_path: Path) -> None:
-    model, _ = fit(lambda: vae.Vae(vae.Settings(side=32, scaled=1.0, inner=True), DISCS, 0), tmp_path, batch=2)
-    before = vae.Vae(vae.Settings(side=32), DISCS, 0).vae.state_dict()
-    after = load_file(model / vae.FILE)
-    changed = {tuple(key.split(".")[:2]) for key, value in after.items() if not value.equal(before[key].half())}
-    inner = {"taesd_encoder": ("10", "11", "12", "13", "14"), "taesd_decoder": ("1", "3", "4", "5")}
-    assert changed == {(half, layer) for half, layers in inner.items() for layer in layers}

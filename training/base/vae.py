@@ -1,8 +1,6 @@
 """The VAE: the host's TAESD, 8 x 8 pixels to 4 latent channels, 2.4 million parameters.
 
-Its latents are trained to be the model's: each channel of mean 0 and variance 1, as a denoiser wants them. They can be
-trained to bear being made smaller too, as the picture does (EQ-VAE, Kouzelis et al. 2502.09509): a denoiser that is not
-sure of them gives a mean of several, and what comes of it then is a soft picture, and not a wrong one.
+Its latents are trained to be the model's: each channel of mean 0 and variance 1, as a denoiser wants them.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ import torch
 from comfy.latent_formats import SD15
 from comfy.taesd.taesd import TAESD
 from safetensors.torch import save_file
-from torch import Generator, Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, l1_loss, mse_loss
+from torch import Generator, Tensor
+from torch.nn.functional import avg_pool2d, l1_loss, mse_loss
 
 from ...likeness import own_file
 from ...nodes.loaders.small import load_vae as load
@@ -33,11 +31,9 @@ SCALES = 3  # of the pictures whose edges are compared: 1, 1/2, 1/4
 @dataclass(frozen=True)
 class Settings:
     """`side` in pixels, of which squares of `crop` are trained on; `noise` is the spread of what the decoder has to
-    bear, in latents of spread 1. `squares`, `edges` and `moments` weigh what is beside the plain difference of pixels;
-    `scaled` weighs the differences of pictures and latents made smaller, by up to a half (EQ-VAE, Eq. 5).
+    bear, in latents of spread 1. `squares`, `edges` and `moments` weigh what is beside the plain difference of pixels.
 
-    It may `begin` with the file of another run, and then train the `inner` layers alone, those of the latents' own
-    resolution: what latents are is settled there, at a quarter of the cost.
+    It may `begin` with the file of another run.
     """
 
     side: int = 128
@@ -46,9 +42,7 @@ class Settings:
     squares: float = 4.0
     edges: float = 0.3
     moments: float = 0.01
-    scaled: float = 0.0
     begin: str = ""
-    inner: bool = False
 
 
 class Vae(Task):
@@ -66,47 +60,26 @@ class Vae(Task):
             self.vae.taesd_decoder[-1].bias.fill_(0.5)  # around grey
             if settings.begin:
                 self.vae.load_state_dict(load(Path(settings.begin)).state_dict())
-        outer = self._outer() if settings.inner else []
-        for kept in [self.vae.vae_scale, self.vae.vae_shift, *outer]:
-            kept.requires_grad_(False)
-
-    def _outer(self) -> list[nn.Parameter]:
-        """What the encoder has before it last halves the resolution, and the decoder after it first doubles it."""
-        encoder, decoder = list(self.vae.taesd_encoder), list(self.vae.taesd_decoder)
-        halves = [place for place, layer in enumerate(encoder) if getattr(layer, "stride", None) == (2, 2)]
-        doubles = [place for place, layer in enumerate(decoder) if isinstance(layer, nn.Upsample)]
-        outer = encoder[: halves[-1]] + decoder[doubles[0] :]
-        return [value for layer in outer for value in layer.parameters()]
+        self.vae.vae_scale.requires_grad_(False)
+        self.vae.vae_shift.requires_grad_(False)
 
     def batch(self, chance: Generator, size: int) -> Batch:
         side, crop = self.settings.side, min(self.settings.crop, self.settings.side)
         seen = pictures(self.source, some(chance, size), side)
         corners = torch.randint(side - crop + 1, (size, 2), generator=chance).tolist()
         cut = [whole[:, y : y + crop, x : x + crop] for whole, (y, x) in zip(seen, corners, strict=True)]
-        cells = crop // 8
-        return {
-            "pictures": torch.stack(cut), "noise": torch.randn(size, 4, cells, cells, generator=chance),
-            "smaller": torch.randint(cells // 2, cells, (size,), generator=chance),
-        }  # fmt: skip
+        return {"pictures": torch.stack(cut), "noise": torch.randn(size, 4, crop // 8, crop // 8, generator=chance)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        asked, scaled = batch["pictures"], self.settings.scaled
+        asked = batch["pictures"]
         latents = encode(self.vae, asked).float()
-        losses = self._differences(latents, batch["noise"], asked)
-        losses["moments"] = self.settings.moments * moments(latents * self.vae.vae_scale)
-        if scaled:
-            cells = int(batch["smaller"][0])  # one size a step
-            less = smaller(latents, cells), smaller(batch["noise"], cells), smaller(asked, cells * 8)
-            losses["scaled"] = scaled * torch.stack([*self._differences(*less).values()]).sum()
-        return losses
-
-    def _differences(self, latents: Tensor, noise: Tensor, asked: Tensor) -> dict[str, Tensor]:
         spread = self.settings.noise / self.vae.vae_scale
-        made = self.vae.decode(latents + noise * spread).float() / 2 + 0.5
+        made = self.vae.decode(latents + batch["noise"] * spread).float() / 2 + 0.5
         return {
             "pixels": l1_loss(made, asked),
             "squares": self.settings.squares * mse_loss(made, asked),  # a small thing of a strong colour counts
             "edges": self.settings.edges * edges(made, asked),
+            "moments": self.settings.moments * moments(latents * self.vae.vae_scale),
         }
 
     def draw(self, chance: Generator) -> dict[str, Tensor]:
@@ -119,11 +92,6 @@ class Vae(Task):
         tensors = {key: value.half().contiguous() for key, value in self.vae.state_dict().items()}
         told = {**asdict(self.settings), "channels": 4}
         save_file(tensors, folder / FILE, own_file.metadata("vae", "SD1.5", notes, settings=told))
-
-
-def smaller(seen: Tensor, side: int) -> Tensor:
-    """Pictures or latents [n, c, H, W] of a smaller side [n, c, side, side], each place the mean of what it covers."""
-    return interpolate(seen, (side, side), mode="bilinear", antialias=True)
 
 
 def edges(made: Tensor, asked: Tensor) -> Tensor:
