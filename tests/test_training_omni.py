@@ -218,6 +218,8 @@ def test_the_encoder_learns_through_the_frozen_generator(stack: Path, folder: Pa
     _, report = adapter.load("made.safetensors")
     assert "Omni-ID for SD1.5, 6 tokens per identity, 16 layers" in report
     assert "The negative prompt sees no tokens" in report
+    flowing(stack, pool=10, made="omni_id_3_1").save(folder / "likeness", {"steps": 0})
+    assert (folder / "likeness" / "omni_id_3_1.safetensors").is_file()
 
 
 def test_all_pictures_of_a_person_are_made_of_the_same_tokens(stack: Path) -> None:

@@ -23,7 +23,7 @@ PLACES: Mapping[str, str] = {
     "fused/model/demo_fused.safetensors": "likeness",
     "infinite_id*/model/demo_infinite_id*.safetensors": "likeness",
     "omni_*/model/demo_omni_id*.safetensors": "likeness",
-    "omni_flow/model/omni_id.safetensors": "likeness",
+    "omni_flow*/model/omni_id*.safetensors": "likeness",
     "arc2face/model/demo_arc2face.safetensors": "likeness",
     "adaface*/model/demo_adaface*.safetensors": "likeness",
     "flashface*/model/demo_flashface*.safetensors": "likeness",

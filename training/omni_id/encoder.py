@@ -109,10 +109,10 @@ def load(file: Path) -> OmniID:
     return omni_id.build(spec, tensors, tower.module, nn, attention).eval().requires_grad_(False)
 
 
-def save(module: OmniID, folder: Path, notes: Mapping[str, Any]) -> None:
-    """Write what Load Omni-ID Encoder reads."""
+def save(module: OmniID, folder: Path, notes: Mapping[str, Any], name: str = FILE) -> None:
+    """Write what Load Omni-ID Encoder reads, under that name."""
     tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-    save_file(tensors, folder / FILE, omni_id.metadata(replace(module.spec, notes=dict(notes))))
+    save_file(tensors, folder / name, omni_id.metadata(replace(module.spec, notes=dict(notes))))
 
 
 def states(module: OmniID, faces: Tensor) -> Tensor:

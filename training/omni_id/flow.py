@@ -29,11 +29,13 @@ TEXT = "photo of a person"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(decoupled.Settings):
-    """`encoder` is the first stage's file. Of each person `least` to `most` pictures are read and `targets` made, of
-    `each` in the shards; a batch counts people. `checkpointing` of the trunk saves memory.
+    """`encoder` is the first stage's file, and `made` the name of what becomes of it. Of each person `least` to `most`
+    pictures are read and `targets` made, of `each` in the shards; a batch counts people. `checkpointing` of the trunk
+    saves memory.
     """
 
     reads: str = "omni"
+    made: str = encoder.FILE.removesuffix(".safetensors")
     each: int = 8
     least: int = 1
     most: int = 3
@@ -97,4 +99,4 @@ class Flow(decoupled.Decoupled):
 
     def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
         super().save(folder, notes)
-        encoder.save(self.trained, folder, notes)
+        encoder.save(self.trained, folder, notes, f"{self.stage.made}.safetensors")
