@@ -77,6 +77,22 @@ def test_rows_repeat(models: stack.Stack) -> None:
     assert first == second
 
 
+def test_what_several_rows_ask_is_made_once(models: stack.Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    painted: list[int] = []
+    paint = stack.Stack.paint
+
+    def counted(self: stack.Stack, model: Any, words: torch.Tensor, seed: int) -> torch.Tensor:
+        painted.append(seed)
+        return paint(self, model, words, seed)
+
+    monkeypatch.setattr(stack.Stack, "paint", counted)
+    keys = ["flashface", "ref_2", "flashface_4", "flashface_3", "pair_flashface"]
+    found = measure.run(models, measure.planned(keys, 2, 1), range(2), lambda key: None)
+    assert painted == [0, 0, 0, 1, 1, 1]
+    assert found.values["flashface"] == found.values["ref_2"] == found.values["flashface_4"]
+    assert found.values["flashface"] != found.values["flashface_3"]
+
+
 def test_the_eye_encodes_a_picture_once_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
 

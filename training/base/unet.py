@@ -30,7 +30,7 @@ load = small.load_unet
 SILENT = ("out_layers.3.weight", "proj_out.weight", "to_out.0.weight", "out.2.weight")
 SHOWN = 6
 HEAD = 0.35  # of a face's box, on each side: hair and ears
-SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+SAMPLING: dict[str, Any] = {"steps": 20, "cfg": 4.0, "sampler_name": "euler", "scheduler": "karras"}
 
 
 @dataclass(frozen=True)

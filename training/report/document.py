@@ -43,8 +43,8 @@ nothing else. A picture without a face counts as similarity 0; the last column i
 - **assigned**: pictures whose two halves together are more like the people asked for there than like those people the
   other way round; **each half right**: where each half alone says so. Without a face in a half it is neither.
 
-Each person is asked for some of the prompts, people in turn for others, so that all prompts are asked as often: 4 of 8
-where methods are compared, 2 in sweeps. Numbers are means over people with 95% bootstrap intervals over people."""
+Each person is asked for some of the prompts, people in turn for others, so that all prompts are asked as often.
+Numbers are means over people with 95% bootstrap intervals over people."""
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,12 @@ class Found:
 
 
 def run(models: stack.Stack, plan: Plan, numbers: Sequence[int], tick: Callable[[str], Any]) -> Found:
-    """Rows whose file is there, on these of the people; the right neighbour of a pair is the next person."""
+    """Rows whose file is there, on these of the people; the right neighbour of a pair is the next person.
+
+    What several rows ask of a person is made once.
+    """
     found = Found()
+    shared: dict[Any, tuple[Values, Tensor]] = {}
     held: dict[int, Sitter] = {}
     here = {key: row for key, row in plan.rows.items() if not row.file or stack.place(row.file) is not None}
 
@@ -127,7 +131,11 @@ def run(models: stack.Stack, plan: Plan, numbers: Sequence[int], tick: Callable[
             kind = KINDS[row.kind]
             who = [sitter(number + i) for i in range(kind.people)]
             asked = kind.ask(models, who, row.photos, min(row.prompts, plan.prompts))
-            made = row.make(asked)
-            found.add(key, who[0], kind.measure(asked, made), made)
+            same = (number, row.make, row.kind, row.photos, tuple(asked.places))
+            if same not in shared:
+                shared = {other: one for other, one in shared.items() if other[0] == number}
+                made = row.make(asked)
+                shared[same] = kind.measure(asked, made), made
+            found.add(key, who[0], *shared[same])
             tick(key)
     return found

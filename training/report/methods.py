@@ -1,10 +1,13 @@
-"""How each row of the report makes its pictures: by a method's own apply node, by the painter, or without anybody."""
+"""How each row of the report makes its pictures: by a method's own apply node, by the painter, or without anybody.
+
+Asked for the same twice these give one and the same Make, by which rows are known to make the same pictures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -70,6 +73,7 @@ def _window(**told: Any) -> dict[str, Any]:
     return {"start_percent": 0.0, "end_percent": 1.0, **told}
 
 
+@cache
 def decoupled(file: str, omni: str = "") -> Make:
     """With the file of an Omni-ID encoder, to its tokens of all photos together."""
 
@@ -81,6 +85,7 @@ def decoupled(file: str, omni: str = "") -> Make:
     return partial(painted, patch)
 
 
+@cache
 def fused(file: str) -> Make:
     def patch(asked: Asked) -> ModelPatcher:
         stack, told = asked.stack, _window(strength=1.0, outside="all")
@@ -89,6 +94,7 @@ def fused(file: str) -> Make:
     return partial(painted, patch)
 
 
+@cache
 def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> Make:
     """As the paper's Eq. 2 and 3 have it: at every step, each photo once, without rescaling."""
 
@@ -100,6 +106,7 @@ def flashface(file: str, feat: float = LAMBDA_FEAT, ref: float = LAMBDA_REF) -> 
     return partial(painted, patch)
 
 
+@cache
 def infinite(file: str, attention: str = "mixed", style: str = "AdaIN-mean") -> Make:
     """As the paper has it: mixed attention with a text stream of its own, and AdaIN-mean."""
 
@@ -110,6 +117,7 @@ def infinite(file: str, attention: str = "mixed", style: str = "AdaIN-mean") -> 
     return partial(painted, patch)
 
 
+@cache
 def adaface(file: str, arc2face: str) -> Make:
     """The person in the place of the prompts' class word; the model is as it is."""
 

@@ -16,6 +16,7 @@ INFINITE, INFINITE_PLAIN = "demo_infinite_id.safetensors", "demo_infinite_id_pla
 ADAFACE, ADAFACE_FACE, ARC2FACE = (
     f"demo_{name}.safetensors" for name in ("adaface", "adaface_face", "arc2face")
 )  # fmt: skip
+FLASH = methods.flashface(FLASHFACE, methods.LAMBDA_FEAT, methods.LAMBDA_REF)
 OMNI = "demo_omni_id{}.safetensors"  # and the encoder it was trained to, by the same name without demo_
 # How else an encoder of Omni-ID's was trained: what its files' names end with -> the row's name.
 ENCODERS = {
@@ -36,13 +37,13 @@ class Row:
     file: str = ""
     kind: str = "alone"
     people: int = 64
-    prompts: int = 4
+    prompts: int = 2
     photos: int = 1
 
 
 def _few(name: str, make: Make, file: str, photos: int = 4) -> Row:
-    """Sweeps are on fewer pictures than the comparison, so that all of it takes two cores less than 20 minutes."""
-    return Row(name, make, file, people=24, prompts=2, photos=photos)
+    """Sweeps are on fewer people than the comparison, so that all of it takes two cores less than 20 minutes."""
+    return Row(name, make, file, people=16, photos=photos)
 
 
 def _more(name: str, make: Make, file: str, most: int) -> dict[str, Row]:
@@ -61,7 +62,7 @@ def _omni(name: str, ends: str = "", photos: int = 3) -> Row:
 
 
 def _pair(name: str, make: Make, file: str = "") -> Row:
-    return Row(name, make, file, "pairs", people=32, prompts=2)
+    return Row(name, make, file, "pairs", people=32)
 
 
 ROWS: Mapping[str, Row] = {
@@ -69,8 +70,8 @@ ROWS: Mapping[str, Row] = {
     "decoupled_arcface": Row("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
     "decoupled_image": Row("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE),
     "fused": Row("fused KV", methods.fused(FUSED), FUSED),
-    "flashface": Row("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, photos=4),
-    "infinite": Row("Infinite-ID", methods.infinite(INFINITE), INFINITE),
+    "flashface": Row("FlashFace", FLASH, FLASHFACE, photos=4),
+    "infinite": Row("Infinite-ID", methods.infinite(INFINITE, "mixed", "AdaIN-mean"), INFINITE),
     "infinite_plain": Row("Infinite-ID, trained with the text", methods.infinite(INFINITE_PLAIN), INFINITE_PLAIN),
     # With mixed attention off Infinite-ID's adapter is a decoupled one, to what both networks see.
     "both": Row("decoupled, ArcFace and image tokens", methods.infinite(INFINITE_PLAIN, "off", "none"), INFINITE_PLAIN),
@@ -83,14 +84,14 @@ ROWS: Mapping[str, Row] = {
     "second_photo": Row("another real photo of the person", methods.second_photos, kind="photos"),
     "stranger": Row("a stranger, drawn as asked", methods.another),
     **{
-        f"feat_{feat:g}": _few(f"{feat:g}", methods.flashface(FLASHFACE, feat=feat), FLASHFACE)
+        f"feat_{feat:g}": _few(f"{feat:g}", methods.flashface(FLASHFACE, feat, methods.LAMBDA_REF), FLASHFACE)
         for feat in FEATS
     },
     **{
-        f"ref_{ref:g}": _few(f"{ref:g}", methods.flashface(FLASHFACE, ref=ref), FLASHFACE)
+        f"ref_{ref:g}": _few(f"{ref:g}", methods.flashface(FLASHFACE, methods.LAMBDA_FEAT, ref), FLASHFACE)
         for ref in REFS
     },
-    **_more("FlashFace", methods.flashface(FLASHFACE), FLASHFACE, 4),
+    **_more("FlashFace", FLASH, FLASHFACE, 4),
     **_more("fused KV", methods.fused(FUSED), FUSED, 3),
     **_more("decoupled, image tokens", methods.decoupled(IMAGE), IMAGE, 3),
     **{f"placed_{where}": _few(where, methods.flashface(file), file) for where, file in PLACED.items()},
@@ -104,7 +105,7 @@ ROWS: Mapping[str, Row] = {
     "pair_bare": _pair("no adapter", methods.bare),
     "pair_fused": _pair("fused KV", methods.fused(FUSED), FUSED),
     "pair_decoupled": _pair("decoupled, ArcFace tokens", methods.decoupled(FACEID), FACEID),
-    "pair_flashface": _pair("FlashFace", methods.flashface(FLASHFACE), FLASHFACE),
+    "pair_flashface": _pair("FlashFace", FLASH, FLASHFACE),
     "pair_as_asked": _pair("both, drawn as asked", methods.pair_as_asked),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", default=[], metavar="ROW", help="these rows; the others stay as they are")
     parser.add_argument("--people", type=int, default=64, help="at most so many")
     parser.add_argument("--prompts", type=int, default=8, help="for each person, at most so many")
-    parser.add_argument("--steps", type=int, default=12, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=8, help="of the sampler")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one a core, on a GPU one")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the numbers and pictures")
     parser.add_argument("--share", default="", help=argparse.SUPPRESS)
