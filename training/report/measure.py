@@ -83,11 +83,12 @@ class Plan:
 
 
 def planned(only: Sequence[str], people: int, asked: int) -> Plan:
-    """All rows, or those of these keys. Raises ValueError on others."""
+    """All rows whose file is there, or those of these keys. Raises ValueError on others."""
     unknown = [key for key in only if key not in ROWS]
     if unknown:
         raise ValueError(f"got {', '.join(unknown)}; expected rows of the report: {', '.join(ROWS)}")
-    return Plan({key: row for key, row in ROWS.items() if not only or key in only}, people, asked)
+    here = {key: row for key, row in ROWS.items() if not row.file or stack.place(row.file) is not None}
+    return Plan({key: row for key, row in here.items() if not only or key in only}, people, asked)
 
 
 @dataclass
@@ -108,14 +109,13 @@ class Found:
 
 
 def run(models: stack.Stack, plan: Plan, numbers: Sequence[int], tick: Callable[[str], Any]) -> Found:
-    """Rows whose file is there, on these of the people; the right neighbour of a pair is the next person.
+    """The plan's rows, on these of the people; the right neighbour of a pair is the next person.
 
     What several rows ask of a person is made once.
     """
     found = Found()
     shared: dict[Any, tuple[Values, Tensor]] = {}
     held: dict[int, Sitter] = {}
-    here = {key: row for key, row in plan.rows.items() if not row.file or stack.place(row.file) is not None}
 
     def sitter(number: int) -> Sitter:
         if number not in held:
@@ -125,9 +125,9 @@ def run(models: stack.Stack, plan: Plan, numbers: Sequence[int], tick: Callable[
         return held[number]
 
     with torch.inference_mode():
-        for number, key in Plan(here, plan.people, plan.prompts).jobs(numbers):
+        for number, key in plan.jobs(numbers):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            row = here[key]
+            row = plan.rows[key]
             kind = KINDS[row.kind]
             who = [sitter(number + i) for i in range(kind.people)]
             asked = kind.ask(models, who, row.photos, min(row.prompts, plan.prompts))
