@@ -29,7 +29,7 @@ from comfyui_likeness.training.base.portraits import Shards
 from comfyui_likeness.training.data import View
 from comfyui_likeness.training.omni_id import encoder
 from comfyui_likeness.training.task import chance
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trainings import DISCS, fit
 
@@ -260,6 +260,27 @@ def test_a_broken_run_goes_on_to_the_same_weights(stack: Path, tmp_path: Path) -
     a, b = (load_file(place / "made.safetensors") for place in (whole, again))
     assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
     assert "image_proj.latents" in a and "ip_adapter.31.to_v_ip.weight" in a
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "infinite"])
+def test_an_adapter_goes_on_from_a_file(stack: Path, tmp_path: Path, kind: str) -> None:
+    """All that was trained is taken over, and nothing else, as what the UNet and the text encoder say is their own."""
+    first, plain = stacks.task(kind, stack), stacks.task(kind, stack)
+    with torch.no_grad():
+        for value in stacks.trained(first).values():
+            value.add_(torch.randn(value.shape, generator=chance(7)).to(value) * 0.01)
+    first.save(tmp_path, {})
+    (file,) = tmp_path.glob("*.safetensors")
+    next_one = type(plain)(replace(plain.settings, begin=str(file)), plain.source, 5)
+    there, here = stacks.trained(first), stacks.trained(next_one)
+    assert there.keys() == here.keys() and there
+    assert all(torch.equal(here[name], there[name].half().float()) for name in there)
+    others = {name: value for name, value in next_one.state_dict().items() if name not in here}
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in others.items())
+    key, value = max(load_file(file).items(), key=lambda item: item[1].numel())
+    save_file({**load_file(file), key: value[:1]}, tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match=f"short.safetensors, in which {key} is of the shape .* expected the shape"):
+        type(plain)(replace(plain.settings, begin=str(tmp_path / "short.safetensors")), plain.source, 5)
 
 
 def test_what_cannot_be_trained_is_said(stack: Path, tmp_path: Path) -> None:

@@ -132,6 +132,14 @@ def test_it_begins_as_the_base_model(stack: Path) -> None:
     assert copied is not None and torch.equal(copied.o.weight, base[f"{path}.attn1.to_out.0.weight"])
 
 
+def test_it_goes_on_from_a_file(stack: Path, tmp_path: Path) -> None:
+    first = woken(task(stack))
+    first.save(tmp_path, {})
+    there, here = (stacks.trained(one) for one in (first, task(stack, begin=str(tmp_path / "made.safetensors"))))
+    assert there.keys() == here.keys() and there
+    assert all(torch.equal(here[name], value.half().float()) for name, value in there.items())
+
+
 def test_its_files_hold_no_unet_that_says_the_velocity(stack: Path, tmp_path: Path) -> None:
     file = str(stacks.velocity(stack, tmp_path / "velocity.safetensors"))
     assert task(stack, unet=file).painter(CPU).model.model_type == ModelType.V_PREDICTION

@@ -13,7 +13,6 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from ...likeness import keymaps, omni_adapter, own_decoupled
@@ -126,6 +125,7 @@ class Decoupled(stack.AdapterTask[Settings]):
         self.adapter, self.held = made, stack.Held(made)
         start(made, seed)
         begin_as_text(made, model.diffusion_model)
+        self.begin()
 
     @property
     def reader(self) -> Encoder:
@@ -158,10 +158,8 @@ class Decoupled(stack.AdapterTask[Settings]):
             weight=torch.ones(count), embeddings={key: read}, zeros={key: self.zero.to(read)},
         )  # fmt: skip
 
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        weights = {key: value.half().contiguous() for key, value in self.adapter.state_dict().items()}
-        tensors, told = READS[self.settings.reads].file(self.spec, weights, notes)
-        save_file(tensors, folder / f"{self.settings.file}.safetensors", told)
+    def file(self, notes: Mapping[str, Any]) -> tuple[Weights, dict[str, str]]:
+        return READS[self.settings.reads].file(self.spec, self.adapter.state_dict(), notes)
 
 
 def build(settings: Settings, spec: AdapterSpec, features: int) -> DecoupledAdapter:

@@ -17,7 +17,6 @@ import comfy.ops
 import torch
 from comfy.model_base import BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn.functional import pad
 
@@ -89,6 +88,7 @@ class FlashFace(stack.AdapterTask[Settings]):
         self.main = tuned(base, self.spec.heads) if settings.tuned else None
         self.eyes, self.layers = stack.Held(self.net), stack.Held(self.added)
         self.unet = self.frozen.unet if self.main is None else stack.Held(self.main)
+        self.begin()
 
     @property
     def reader(self) -> References:
@@ -130,12 +130,12 @@ class FlashFace(stack.AdapterTask[Settings]):
         net = LoadedReferenceNet(eyes, layers, MemoryBank(FORGETS), self.settings.file, self.spec)
         return shown(model, net, read, seen, self.text.to(device))
 
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+    def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         main = {} if self.main is None else self.main.diffusion_model.state_dict()
         tensors = own_flashface.tensors(self.net.diffusion_model.state_dict(), self.added, main)
-        halves = {key: value.half().contiguous() for key, value in tensors.items()}
-        told = own_flashface.metadata(FlashFaceSpec(self.spec.base, self.spec.heads, self.spec.face_size, notes))
-        save_file(halves, folder / f"{self.settings.file}.safetensors", told)
+        return tensors, own_flashface.metadata(
+            FlashFaceSpec(self.spec.base, self.spec.heads, self.spec.face_size, notes)
+        )
 
 
 def shown(

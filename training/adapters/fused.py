@@ -14,7 +14,6 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...likeness import fused as math
@@ -57,6 +56,7 @@ class Fused(stack.AdapterTask[Settings]):
         self.spec = replace(made, face_size=settings.face, notes={})
         self.adapter = math.build(self.spec, tensors, comfy.ops.disable_weight_init).requires_grad_(True)
         self.held = stack.Held(self.adapter)
+        self.begin()
 
     @property
     def reader(self) -> Latents:
@@ -69,8 +69,5 @@ class Fused(stack.AdapterTask[Settings]):
         faces = [fused.Bound(seen, [1.0] * len(seen), None, "")]
         return fused.Fused(loaded, model, fused.fitting(self.spec, model), faces, "all", ALWAYS, unfold=True)
 
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        tensors = math.tensors(self.adapter)
-        halves = {key: value.half().contiguous() for key, value in tensors.items()}
-        told = math.metadata(replace(self.spec, notes=notes))
-        save_file(halves, folder / f"{self.settings.file}.safetensors", told)
+    def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return math.tensors(self.adapter), math.metadata(replace(self.spec, notes=notes))

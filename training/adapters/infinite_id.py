@@ -14,7 +14,6 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...likeness import detect
@@ -92,6 +91,7 @@ class InfiniteID(stack.AdapterTask[Settings]):
         self.adapter, self.held = made, stack.Held(made)
         start(made, seed)
         begin_as_text(made, net)
+        self.begin()
 
     @property
     def reader(self) -> Both:
@@ -121,9 +121,8 @@ class InfiniteID(stack.AdapterTask[Settings]):
         loaded = LoadedAdapter(self.spec, self.held.on(model.load_device), {}, self.settings.file)
         return bound(kind, loaded, self.both.features(read), unet.fitting(self.spec, model))
 
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        tensors = {key: value.half().contiguous() for key, value in self.adapter.state_dict().items()}
-        save_file(tensors, folder / f"{self.settings.file}.safetensors", math.metadata(self.spec, self.states, notes))
+    def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.adapter.state_dict(), math.metadata(self.spec, self.states, notes)
 
 
 def build(settings: Settings, spec: AdapterSpec, states: int) -> DecoupledAdapter:

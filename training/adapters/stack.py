@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from ...nodes.attention.injection import Injection
@@ -38,7 +39,7 @@ class Settings:
     Of `people`, `each` has so many pictures among the first `pool` of the shards, whose latents and faces are read
     once; without a pool all are read at every step. With `other`, the face is another picture's. The caption is
     dropped in the part `no_text`. `snr` and `heads_count` are as the UNet's. What is drawn is of people of the shards
-    in `strangers`, or of Portrait World's validation split.
+    in `strangers`, or of Portrait World's validation split. It may `begin` with the file of another run.
     """
 
     vae: str
@@ -54,6 +55,7 @@ class Settings:
     snr: float = 5.0
     heads_count: float = 1.0
     strangers: str = ""
+    begin: str = ""
 
 
 class Held:
@@ -207,6 +209,33 @@ class PeopleTask(Task, Generic[Told]):
 
 class AdapterTask(PeopleTask[Told]):
     """Loss: the mean squared difference of the noise and what the host's model says it is, with the adapter in it."""
+
+    @abstractmethod
+    def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a file holds, by name, with the trained tensors themselves, and its metadata."""
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take over what another run has trained. Raises ValueError where its file has not all that is trained here."""
+        if not self.settings.begin:
+            return
+        found, told = load_file(self.settings.begin), self.file({})[0]
+        trained = {value.data_ptr() for value in self.parameters() if value.requires_grad}
+        for key, value in told.items():
+            if value.data_ptr() not in trained:
+                continue
+            if key not in found or found[key].shape != value.shape:
+                there = f"of the shape {[*found[key].shape]}" if key in found else "absent"
+                raise ValueError(
+                    f"got {self.settings.begin}, in which {key} is {there}; expected the shape {[*value.shape]}; begin "
+                    "with a file of the same method and sizes"
+                )
+            value.copy_(found[key])
+
+    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        tensors, told = self.file(notes)
+        halves = {key: value.half().contiguous() for key, value in tensors.items()}
+        save_file(halves, folder / f"{self.settings.file}.safetensors", told)
 
     @abstractmethod
     def injection(self, model: ModelPatcher, read: Tensor) -> Injection:
