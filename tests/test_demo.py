@@ -203,7 +203,8 @@ def test_people_are_the_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_finished_files_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, place = tmp_path / "runs", tmp_path / "weights"
-    made = {"vae/model/vae.safetensors": 4, "flashface_both/model/demo_flashface_both.safetensors": 5, "vae/log": 6}
+    made = {"vae/model/vae.safetensors": 4, "decoupled_arcface/model/demo_faceid.safetensors": 5, "vae/log": 6}
+    made |= {"flashface_both/model/demo_flashface_both.safetensors": 7}  # to compare
     for name, size in made.items():
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_bytes(bytes(size))
@@ -215,9 +216,9 @@ def test_finished_files_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (place / "demo" / "vae.safetensors").stat().st_size == 100
     monkeypatch.setattr(ship, "LIMIT", 9)
     *lines, total = ship.ship(runs, place)
-    assert [line.split()[2] for line in lines] == ["demo/vae.safetensors", "likeness/demo_flashface_both.safetensors"]
+    assert [line.split()[2] for line in lines] == ["demo/vae.safetensors", "ipadapter/demo_faceid.safetensors"]
     assert total.endswith("in all") and (place / "demo" / "vae.safetensors").stat().st_size == 4
-    (runs / "flashface_2" / "model").mkdir(parents=True)
-    (runs / "flashface_2" / "model" / "demo_flashface_both.safetensors").touch()
-    with pytest.raises(ValueError, match="expected one demo_flashface_both.safetensors; move the other away"):
+    (runs / "decoupled_2" / "model").mkdir(parents=True)
+    (runs / "decoupled_2" / "model" / "demo_faceid.safetensors").touch()
+    with pytest.raises(ValueError, match="expected one demo_faceid.safetensors; move the other away"):
         ship.ship(runs, place)

@@ -88,7 +88,7 @@ def test_shards_keep_them(tmp_path: Path) -> None:
     assert shards.words is not None and said <= set(shards.words)
 
 
-def test_a_text_encoder_learns_new_words_and_keeps_the_others(tmp_path: Path) -> None:
+def test_a_text_encoder_learns_new_words_and_the_other_tower_stays(tmp_path: Path) -> None:
     first = tmp_path / "first"
     first.mkdir()
     clip.ClipPair(stacks.TOWERS, Undescribed(), 2).save(first, {})
@@ -102,6 +102,8 @@ def test_a_text_encoder_learns_new_words_and_keeps_the_others(tmp_path: Path) ->
     before, after = load_file(first / clip.TEXT), load_file(folder / clip.TEXT)
     layer = "text_model.encoder.layers.0.mlp.fc1.weight"
     assert not torch.equal(before[layer], after[layer])
+    before, after = load_file(first / clip.VISION), load_file(folder / clip.VISION)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 class Undescribed(Discs):

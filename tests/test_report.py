@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ import reports
 import torch
 from analyzers import folder as folder
 from comfyui_likeness.nodes import evaluate
-from comfyui_likeness.nodes.loaders import demo
+from comfyui_likeness.nodes.loaders import demo, files
 from comfyui_likeness.training import metrics, world
 from comfyui_likeness.training.report import document, expected, finish, measure, prompts, rows, stack
 from comfyui_likeness.training.report.expected import Claim
+from safetensors.torch import save_file
 
 PEOPLE, PROMPTS = 2, 2
 UNSHIPPED = {*rows.PLACED.values(), rows.INFINITE_PLAIN, rows.ADAFACE_FACE}
@@ -106,6 +109,29 @@ def test_the_eye_encodes_a_picture_once_and_forgets_the_oldest(monkeypatch: pyte
     for grey in (1.0, 2.0, 1.0, 3.0, 3.0, 1.0):
         assert torch.equal(eye.encode(torch.full((1, 2, 2, 3), grey)), torch.full((1, 2, 2, 3), 2 * grey))
     assert asked == [1, 2, 3, 1]
+
+
+def test_the_command_measures_a_row_and_writes_the_page(tmp_path: Path) -> None:
+    words = ["--only", "second_photo", "--people", "2", "--workers", "1", "--out", str(tmp_path / "evidence")]
+    command = [sys.executable, "-m", "training.report.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=stack.RUNS.parents[2])
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.split()[-1])
+    assert page.is_relative_to(tmp_path) and list(told(page)["rows"]) == ["second_photo"]
+    assert "another real photo of the person | 1 | 2 | 0." in page.read_text()
+
+
+def test_what_runs_left_for_a_comparison_is_found_and_said_not_to_ship(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack, "RUNS", tmp_path)
+    model = tmp_path / "adaface" / "model"
+    model.mkdir(parents=True)
+    save_file({"x": torch.zeros(1)}, model / rows.ADAFACE_FACE)
+    stack.register()
+    assert stack.place(rows.ADAFACE_FACE) == model / rows.ADAFACE_FACE
+    assert stack.shipped(model / rows.ADAFACE_FACE).notes == "does not ship"
+    assert stack.shipped(files.SHIPPED / "demo" / "vae.safetensors").notes.startswith("steps ")
 
 
 def test_unknown_rows_are_refused() -> None:

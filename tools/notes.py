@@ -50,9 +50,6 @@ ABOUT = {
     "demo_plus_face": "The same by what a CLIP image encoder sees of the head.",
     "demo_fused": "Two drawn people in one picture, by fused KV: a half of the picture for each.",
     "demo_flashface": "A drawn person by FlashFace, from four photos; strength and reference_guidance as in the paper.",
-    "demo_infinite_id": "A pencil drawing of a drawn person by Infinite-ID: mixed attention keeps the prompt's style.",
-    "demo_omni_id": "A drawn person by Omni-ID, from four photos that one encoder reads together.",
-    "demo_adaface": "A drawn person as words of the prompt, by AdaFace: @kim stands for Kim, and nothing is patched.",
     "demo_identity": "A person between two drawn ones, kept in models/identities and painted.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",

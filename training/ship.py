@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, WEIGHTS = ROOT / "artifacts" / "training" / "two_cores", ROOT / "weights"
 LIMIT = 40_000_000  # bytes in all, so that a clone stays small
-# A finished run's file -> its folder in weights/
+# A finished run's file -> its folder in weights/; what is only there to be compared stays where it is.
 PLACES: Mapping[str, str] = {
     "vae/model/vae.safetensors": "demo",
     "clip/model/text.safetensors": "demo",
@@ -21,12 +21,12 @@ PLACES: Mapping[str, str] = {
     "detector/model/detector.onnx": "insightface/models/demo",
     "decoupled_*/model/demo_*.safetensors": "ipadapter",
     "fused/model/demo_fused.safetensors": "likeness",
-    "infinite_id*/model/demo_infinite_id*.safetensors": "likeness",
-    "omni_*/model/demo_omni_id*.safetensors": "likeness",
-    "omni_flow*/model/omni_id*.safetensors": "likeness",
+    "infinite_id/model/demo_infinite_id.safetensors": "likeness",
+    "omni_flow/model/omni_id.safetensors": "likeness",
+    "omni_adapter/model/demo_omni_id.safetensors": "likeness",
     "arc2face/model/demo_arc2face.safetensors": "likeness",
-    "adaface*/model/demo_adaface*.safetensors": "likeness",
-    "flashface*/model/demo_flashface*.safetensors": "likeness",
+    "adaface_compose/model/demo_adaface.safetensors": "likeness",
+    "flashface/model/demo_flashface.safetensors": "likeness",
 }
 
 

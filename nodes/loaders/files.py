@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ NOT_WEIGHTS = (
 )
 
 
-def register() -> None:
+def register(further: Iterable[Path] = ()) -> None:
     """Tell the host of the pack's model folders; folders it knows already keep their paths.
 
-    What ships is a further place behind the user's own, whose files count before it and where new ones go.
+    What ships is a further place behind the user's own, whose files count before it and where new ones go. Behind both
+    are `further` places of what lies in `likeness`.
     """
     for folder in FOLDERS:
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
@@ -43,6 +44,8 @@ def register() -> None:
         paths, extensions = folder_paths.folder_names_and_paths[folder]
         if not extensions and folder != "insightface":
             folder_paths.folder_names_and_paths[folder] = (paths, folder_paths.supported_pt_extensions)
+    for place in further:
+        folder_paths.add_model_folder_path("likeness", str(place))
 
 
 def names(*folders: str) -> list[str]:

@@ -40,7 +40,7 @@ PAIRS = (
 SHARES = (0, 25, 50, 75, 100)  # of the last person, in %
 PHOTOS = 4
 SIDE = 128  # pixels of a picture, as the models were trained
-SAMPLING = {"steps": 12, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "seed": 11}
+SAMPLING = {"steps": 8, "cfg": 4.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0, "seed": 11}
 KEPT = "gallery"  # the identity's file
 PICTURES, SAID = "pictures", "said"  # the nodes that save a row, and that tell of it
 

@@ -46,8 +46,8 @@ class Settings:
     To a part of the captions, `described`, phrases are added that say who is there.
 
     `heads_alike` is the weight of the contrast of heads, two for every second caption, of the first `pool` pictures.
-    The pair may `begin` as that in another run's folder. Its text encoder then stays as it is (LiT, Zhai et al.
-    2111.07991), unless captions are described: then it learns the words that are new to it.
+    The pair may `begin` as that in another run's folder. Then one of its towers stays as it is (LiT, Zhai et al.
+    2111.07991): the text encoder, or, where captions are described, the other, while the text encoder learns new words.
     """
 
     width: int = 128
@@ -93,11 +93,12 @@ class ClipPair(Task):
 
     def _begin(self, folder: Path) -> None:
         begun = load_text(folder / TEXT).transformer
+        self.vision.load_state_dict(small.load_vision(folder / VISION).model.float().state_dict())
         if self.settings.described:
             learn(self.text.transformer, begun)
+            self.vision.requires_grad_(False)
         else:
             self.text.transformer = begun
-        self.vision.load_state_dict(small.load_vision(folder / VISION).model.float().state_dict())
 
     def batch(self, chance: Generator, size: int) -> Batch:
         """Pairs of which no two have the same caption. Raises ValueError where there are not so many captions."""

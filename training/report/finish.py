@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ...nodes.loaders import files as loaders
 from ..base import unet
 from . import document, stack
 from .rows import ROWS
@@ -16,7 +15,7 @@ from .rows import ROWS
 
 def finish(folder: Path, steps: int, files: Sequence[Path]) -> Path:
     """The page, written from what processes left in files and from what was measured before on the same weights."""
-    loaders.register()
+    stack.register()
     places = {row.file: stack.place(row.file) for row in ROWS.values() if row.file}
     adapters = {file: stack.shipped(path) for file, path in places.items() if path is not None}
     made = document.Made({**unet.SAMPLING, "steps": steps}, stack.base(), adapters)

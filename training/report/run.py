@@ -38,9 +38,9 @@ def measure(given: argparse.Namespace, number: int, count: int, file: Path) -> N
     from tqdm import tqdm
 
     measuring, stack = part("measure"), part("stack")
+    models = stack.load(given.steps)  # with it the host knows where adapters lie
     plan = measuring.planned(given.only, given.people, given.prompts)
     numbers = range(number, given.people, count)
-    models = stack.load(given.steps)
     jobs = sum(1 for _ in plan.jobs(numbers))
     with tqdm(total=jobs, desc=f"report {number + 1}/{count}", position=number) as bar:
 

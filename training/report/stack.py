@@ -21,6 +21,7 @@ from ...nodes.types import Analyzer, LoadedPrompter, LoadedReferenceNet, OmniEnc
 from ..adapters.readers import ArcFace
 from ..base import unet
 from ..base.recogniser import SIDE, VECTOR
+from ..ship import RUNS
 
 PACK = "demo"
 KEPT = 32  # batches of pictures with their latents
@@ -144,10 +145,15 @@ def _right(face: Face, middle: float) -> bool:
 
 def load(steps: int) -> Stack:
     """The shipped stack. Raises ValueError where a file is not there."""
-    files.register()
+    register()
     analyzer, _ = face_analyzer.load(PACK, "auto")
     judge = ArcFace(files.SHIPPED / "demo" / "judge.onnx", "judge")
     return Stack(*demo.load(), analyzer=analyzer, judge=judge, steps=steps)
+
+
+def register() -> None:
+    """Tell the host where adapters lie: what ships, and behind it what finished runs left for a comparison alone."""
+    files.register(sorted(RUNS.glob("*/model")))
 
 
 def place(file: str) -> Path | None:
@@ -168,7 +174,8 @@ class Shipped:
 
 def shipped(path: Path) -> Shipped:
     notes = (files.told(path) or {}).get("notes", {})
-    return Shipped(files.sha256(path)[:8], ", ".join(f"{key} {value}" for key, value in notes.items()))
+    said = [f"{key} {value}" for key, value in notes.items()]
+    return Shipped(files.sha256(path)[:8], ", ".join(said + ["does not ship"] * (files.SHIPPED not in path.parents)))
 
 
 def base(folder: Path = files.SHIPPED) -> dict[str, Shipped]:
