@@ -18,7 +18,6 @@ from torch import Generator, Tensor, nn
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "white": (240, 240, 240)}
 PLACES = {"left": (0.5, 0.3), "right": (0.5, 0.7), "top": (0.3, 0.5), "middle": (0.5, 0.5)}
-SHADES = ("dark", "dim", "grey", "light")  # of what is behind a disc
 POINTS = torch.tensor([[-0.4, -0.4], [0.4, -0.4], [0.0, 0.0], [-0.3, 0.5], [0.3, 0.5]])  # of a disc, in its radius
 
 
@@ -57,14 +56,11 @@ class Discs:
     """Discs in four colours at four places on 16 shades; a person is a disc with a stripe of a colour of its own."""
 
     people = 1000
-    words: Sequence[str] = ("a", "disc", "at", "the", *COLOURS, *PLACES, *SHADES, "behind")
+    words: Sequence[str] = ("a", "disc", "at", "the", *COLOURS, *PLACES)
 
     def caption(self, number: int) -> str:
         colour, place = self._of(number)
         return f"a {colour} disc at the {place}"
-
-    def looks(self, number: int) -> Sequence[str]:
-        return (f"{SHADES[number // 64 % 4]} behind",)
 
     def picture(self, number: int, side: int) -> Tensor:
         colour, place = self._of(number)

@@ -41,7 +41,6 @@ class View(NamedTuple):
     box: Tensor  # [4]: left, top, right, bottom of the face
     mask: Tensor  # bool [H, W], the face without hair, with its beard
     others: Tensor  # [n, 7, 2], of the faces beside this one: two corners of the box, five points
-    looks: Sequence[str] = ()  # phrases that say who is there, as "long ginger hair"
 
 
 class Clusters(NamedTuple):
@@ -120,16 +119,16 @@ class WorldAlbum:
     def view(self, identity: int, picture: int) -> View:
         scene = self.scene(identity, picture)
         beside = [world.person(PEOPLE - 1 - identity, self.split)] * (self.figures - 1)
-        return painted([world.person(identity, self.split), *beside], scene, self.side)
+        painted = world.paint([world.person(identity, self.split), *beside], scene, self.side)
+        return told(painted, world.caption(scene))
 
 
-def painted(people: Sequence[world.Person], scene: world.Scene, side: int) -> View:
-    """A picture of Portrait World as a view of the first person in it."""
-    made = world.paint(people, scene, side)
-    whole = (made.image, made.kps[0], made.box[0], made.face[0])
+def told(painted: world.Painted, caption: str) -> View:
+    """A painted picture as a view of the first person in it."""
+    whole = (painted.image, painted.kps[0], painted.box[0], painted.face[0])
     image, kps, box, mask = (torch.from_numpy(value) for value in whole)
-    others = torch.from_numpy(np.concatenate((made.box.reshape(-1, 2, 2), made.kps), axis=1)[1:])
-    return View(image, world.caption(scene), kps, box, mask, others, world.looks(people, scene.figures))
+    others = np.concatenate((painted.box.reshape(-1, 2, 2), painted.kps), axis=1)[1:]
+    return View(image, caption, kps, box, mask, torch.from_numpy(others))
 
 
 class Member(NamedTuple):
@@ -148,10 +147,10 @@ class Member(NamedTuple):
 class ShardAlbum:
     """WebDataset shards, not compressed: `<identity>/<n>.jpg` (or png, webp), `.json` and, if it is known, `.mask.png`.
 
-    The JSON holds `caption`, `kps` [5][2] and `box` [4]; where they are known, `others` [n][7][2], more faces, and
-    `looks` [n], phrases that say who is there. Without a mask the box is the face. Pictures of another size are cut
-    square around the face and resized, unless `side` is None. Shards must be files at hand: their headers are read
-    once, here. Raises ValueError on shards that hold no picture or one without its JSON.
+    The JSON holds `caption`, `kps` [5][2] and `box` [4], and `others` [n][7][2] where there are more faces. Without a
+    mask the box is the face. Pictures of another size are cut square around the face and resized, unless `side` is
+    None. Shards must be files at hand: their headers are read once, here, and every picture is then found by number.
+    Raises ValueError on shards that hold no picture or one without its JSON.
     """
 
     def __init__(self, shards: Iterable[Path], side: int | None = 128) -> None:
@@ -201,8 +200,7 @@ class ShardAlbum:
         box = torch.tensor(about["box"])
         mask = _decode(parts[MASK_NAME].read(), "L") > 127 if MASK_NAME in parts else inside(box, image.shape)
         others = torch.tensor(about.get("others", ())).view(-1, 7, 2)
-        kps, told = torch.tensor(about["kps"]), tuple(about.get("looks", ()))
-        whole = View(image, about["caption"], kps, box, mask, others, told)
+        whole = View(image, about["caption"], torch.tensor(about["kps"]), box, mask, others)
         return whole if self.side is None else fit(whole, self.side)
 
     def _parts(self, identity: int, picture: int) -> dict[str, Member]:
@@ -242,7 +240,7 @@ def fit(view: View, side: int) -> View:
     corner, scale = torch.tensor([left, top]) - 0.5, side / square
     face = torch.from_numpy(np.array(mask)) > 127
     kps, box, others = ((points - corner) * scale - 0.5 for points in (view.kps, view.box.view(2, 2), view.others))
-    return View(torch.from_numpy(np.array(image)), view.caption, kps, box.flatten(), face, others, view.looks)
+    return View(torch.from_numpy(np.array(image)), view.caption, kps, box.flatten(), face, others)
 
 
 def write_shards(
@@ -277,8 +275,8 @@ def write_shard(
                 view = album.view(identity, number)
                 if lowest(view) < least:
                     continue
-                about = {"caption": view.caption, "looks": list(view.looks)}
-                about |= {name: getattr(view, name).tolist() for name in ("kps", "box", "others")}
+                about = {"caption": view.caption, "kps": view.kps.tolist(), "box": view.box.tolist()}
+                about |= {"others": view.others.tolist()} if len(view.others) else {}
                 stem = f"{album.name(identity)}/{number}"
                 _add(tar, f"{stem}.{kind.replace('jpeg', 'jpg')}", _encode(view.picture, kind, options))
                 _add(tar, f"{stem}.json", json.dumps(about).encode())

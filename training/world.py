@@ -11,15 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .portrait.looks import WORDS as LOOKS
-from .portrait.looks import looks
 from .portrait.painter import Painted, paint
 from .portrait.people import SPLITS, Person, person
 from .portrait.scenes import WORDS, Figure, Scene, caption, scene, turned
 
 __all__ = [
-    "LOOKS", "WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption", "looks", "paint", "person",
-    "scene", "turned",
+    "WORDS", "Figure", "Painted", "Person", "Scene", "aligned", "caption", "paint", "person", "scene", "turned",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from ...nodes.loaders.small import load_text as load_text
 from ...nodes.loaders.small import text_encoder
 from ..task import Batch, Task, start
 from . import portraits
-from .source import Source, captions, described, pictures
+from .source import Source, captions, pictures
 
 TEXT, VISION = "text.safetensors", "vision.safetensors"
 FIRST_SCALE, LARGEST_SCALE = 2.6593, 4.6052  # logarithms of 1 / 0.07 and of 100, as published
@@ -43,11 +43,9 @@ Tokens = list[list[int]]
 class Settings:
     """Both towers' sizes; `side` and `patch` in pixels; `forget` is the part of words that become unknown.
 
-    To a part of the captions, `described`, phrases are added that say who is there.
-
     `heads_alike` is the weight of the contrast of heads, two for every second caption, of the first `pool` pictures.
-    The pair may `begin` as that in another run's folder. Then one of its towers stays as it is (LiT, Zhai et al.
-    2111.07991): the text encoder, or, where captions are described, the other, while the text encoder learns new words.
+    The pair may `begin` as that in another run's folder, whose text encoder then stays as it is (LiT, Zhai et al.
+    2111.07991).
     """
 
     width: int = 128
@@ -59,7 +57,6 @@ class Settings:
     side: int = 128
     patch: int = 16
     forget: float = 0.02
-    described: float = 0.0
     heads_alike: float = 0.0
     pool: int = 0
     begin: str = ""
@@ -92,13 +89,8 @@ class ClipPair(Task):
         self.contrast: nn.Module | None = None
 
     def _begin(self, folder: Path) -> None:
-        begun = load_text(folder / TEXT).transformer
+        self.text.transformer = load_text(folder / TEXT).transformer
         self.vision.load_state_dict(small.load_vision(folder / VISION).model.float().state_dict())
-        if self.settings.described:
-            learn(self.text.transformer, begun)
-            self.vision.requires_grad_(False)
-        else:
-            self.text.transformer = begun
 
     def batch(self, chance: Generator, size: int) -> Batch:
         """Pairs of which no two have the same caption. Raises ValueError where there are not so many captions."""
@@ -111,8 +103,7 @@ class ClipPair(Task):
 
     def _pairs(self, chance: Generator, size: int) -> Batch:
         found = captions(self.source, chance, size)
-        texts = described(self.source, chance, list(found.values()), self.settings.described)
-        tokens = tokenize(self.tokenizer, texts)
+        tokens = tokenize(self.tokenizer, list(found))
         forgotten = torch.rand(len(tokens), len(tokens[0]), generator=chance) < self.settings.forget
         return {"pictures": self._read(list(found.values())), "tokens": forget(tokens, forgotten)}
 
@@ -192,17 +183,6 @@ class Heads:
     def _cut(self, number: int) -> Tensor:
         crop = portraits.head(self.source.view(number))[None].movedim(-1, 1).float()
         return faces.pixels(common_upscale(crop, self.side, self.side, "bicubic", "disabled")[0].movedim(0, -1) / 255)
-
-
-def learn(text: Any, begun: Any) -> None:
-    """Give a text encoder what another has learnt, but for the embeddings of words that are new."""
-    old, new = (module.get_input_embeddings() for module in (begun, text))
-    known = torch.tensor(new.known)
-    there = torch.isin(known, torch.tensor(old.known))
-    table = new.weight.detach().clone()
-    table[:-1][there] = old.weight[old.rows[known[there]]].detach()
-    table[-1] = old.weight[-1].detach()
-    text.load_state_dict({**begun.state_dict(), vocabulary.TABLE: table})
 
 
 def text_config(settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ...likeness import faces
 from ...likeness.spec import Face
 from .. import world
-from ..data import PEOPLE, ShardAlbum, View, fit, painted
+from ..data import PEOPLE, ShardAlbum, View, fit, told
 
 TWO = 8  # every so many pictures show two people
 FACE_PICTURE = 192  # pixels of what a face is cut out of
@@ -27,29 +26,23 @@ class World:
     """Everyone of one of its splits."""
 
     split: str
-    words: Sequence[str] | None = (*world.WORDS, *world.LOOKS)
+    words: Sequence[str] | None = world.WORDS
     people: int = PEOPLE
 
     def caption(self, number: int) -> str:
         return world.caption(scene_of(number))
-
-    def looks(self, number: int) -> Sequence[str]:
-        scene = scene_of(number)
-        return world.looks(self._people(number, scene), scene.figures)
 
     def picture(self, number: int, side: int) -> Tensor:
         return self.shown(number, side).picture
 
     def shown(self, number: int, side: int) -> View:
         scene = scene_of(number)
-        return painted(self._people(number, scene), scene, side)
+        people = [world.person(2 * number + place, self.split) for place in range(len(scene.figures))]
+        return told(world.paint(people, scene, side), world.caption(scene))
 
     def face(self, person: int, number: int) -> Tensor:
-        made = world.paint([world.person(person, self.split)], world.scene(number), FACE_PICTURE)
-        return torch.from_numpy(world.aligned(made, 0))
-
-    def _people(self, number: int, scene: world.Scene) -> list[world.Person]:
-        return [world.person(2 * number + place, self.split) for place in range(len(scene.figures))]
+        painted = world.paint([world.person(person, self.split)], world.scene(number), FACE_PICTURE)
+        return torch.from_numpy(world.aligned(painted, 0))
 
 
 class Shards:
@@ -75,8 +68,7 @@ class Shards:
 
     @cached_property
     def _words(self) -> Sequence[str] | None:
-        texts = (" ".join((self.caption(number), *self.looks(number))) for number in range(len(self)))
-        said = {word for text in texts for word in re.findall(r"\w+", text)}
+        said = {word for number in range(len(self)) for word in re.findall(r"\w+", self.caption(number))}
         return sorted(said) if len(said) < CLOSED else None
 
     def __len__(self) -> int:
@@ -98,10 +90,7 @@ class Shards:
         return self.album.view(*self._views[number % len(self)])
 
     def caption(self, number: int) -> str:
-        return self._about(number)["caption"]
-
-    def looks(self, number: int) -> Sequence[str]:
-        return tuple(self._about(number).get("looks", ()))
+        return self.album.about(*self._views[number % len(self)])["caption"]
 
     def picture(self, number: int, side: int) -> Tensor:
         return self.shown(number, side).picture
@@ -113,9 +102,6 @@ class Shards:
         person = self._people[person % len(self._people)]
         view = self.album.view(person, number % self.album.pictures(person))
         return faces.pixels(faces.align(view.picture.double() / 255, view.kps, 112))
-
-    def _about(self, number: int) -> dict[str, Any]:
-        return self.album.about(*self._views[number % len(self)])
 
 
 def shards(source: object, how: str = "") -> Shards:

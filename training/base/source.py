@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # More than any run reads; what a number shows never changes.
 PICTURES = 1 << 40
 WORLD = "world"
-KEPT = 0.8  # of the phrases for looks
 
 
 class Source(Protocol):
@@ -32,10 +31,6 @@ class Source(Protocol):
         ...
 
     def caption(self, number: int) -> str: ...
-
-    def looks(self, number: int) -> Sequence[str]:
-        """Phrases that say who is in a picture, the most visible first; none where nothing is known of that."""
-        ...
 
     def picture(self, number: int, side: int) -> Tensor:
         """A picture, uint8 [side, side, 3]."""
@@ -63,23 +58,6 @@ def captions(source: Source, chance: Generator, count: int, tries: int = 20) -> 
         if len(found) == count:
             break
     return found
-
-
-def described(source: Source, chance: Generator, numbers: Sequence[int], part: float) -> list[str]:
-    """The captions of pictures, to a `part` of which phrases for the looks of the people are added, not all always."""
-    texts = [source.caption(number) for number in numbers]
-    if not part:
-        return texts
-    told = (torch.rand(len(texts), generator=chance) < part).tolist()
-    return [
-        ", ".join((text, *_kept(source.looks(number), chance))) if said else text
-        for text, number, said in zip(texts, numbers, told, strict=True)
-    ]
-
-
-def _kept(phrases: Sequence[str], chance: Generator) -> list[str]:
-    kept = (torch.rand(len(phrases), generator=chance) < KEPT).tolist()
-    return [phrase for phrase, stays in zip(phrases, kept, strict=True) if stays]
 
 
 def pictures(source: Source, numbers: Sequence[int], side: int) -> Tensor:

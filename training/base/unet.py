@@ -23,7 +23,7 @@ from ...nodes.loaders.small import PREDICTIONS, PREFIX, base_model
 from ..data import View
 from ..task import Batch, Task, start
 from . import clip, latents, vae, widen
-from .source import PICTURES, Source, captions, described, pictures, sheet, some
+from .source import PICTURES, Source, captions, pictures, sheet, some
 
 FILE = "unet.safetensors"
 load = small.load_unet
@@ -43,9 +43,6 @@ class Settings:
 
     What lies in the head of somebody counts `heads_count` times as much as what lies elsewhere.
 
-    To a part of the captions, `described`, phrases are added that say who is there: the more of a picture its text
-    says, the less is left to be guessed, and the sooner faces come out.
-
     With a `pool` it trains on the first so many pictures, whose latents are made once. It may `begin` with the file of
     another run, of these widths or of half of them at some levels.
     """
@@ -59,7 +56,6 @@ class Settings:
     depth: tuple[int, ...] = (1, 1, 1, 0)
     heads: int = 8
     unprompted: float = 0.1
-    described: float = 0.0
     snr: float = 5.0
     prediction: str = "noise"
     heads_count: float = 1.0
@@ -107,8 +103,7 @@ class TextToImage(Task):
             {"pictures": pictures(self.source, numbers, side)} if pool is None else {"latents": pool[numbers].float()}
         )
         dropped = (torch.rand(size, generator=chance) < self.settings.unprompted).tolist()
-        said = described(self.source, chance, numbers, self.settings.described)
-        texts = ["" if gone else text for text, gone in zip(said, dropped, strict=True)]
+        texts = ["" if gone else self.source.caption(number) for number, gone in zip(numbers, dropped, strict=True)]
         return {
             **shown, **self.counts(numbers), "tokens": clip.tokenize(self.tokenizer, texts),
             "noise": torch.randn(size, 4, side // 8, side // 8, generator=chance),
