@@ -281,6 +281,9 @@ def test_an_adapter_goes_on_from_a_file(stack: Path, tmp_path: Path, kind: str) 
     save_file({**load_file(file), key: value[:1]}, tmp_path / "short.safetensors")
     with pytest.raises(ValueError, match=f"short.safetensors, in which {key} is of the shape .* expected the shape"):
         type(plain)(replace(plain.settings, begin=str(tmp_path / "short.safetensors")), plain.source, 5)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"got {file} .*; expected an adapter that another run has made"):
+        type(plain)(replace(plain.settings, begin=str(file)), plain.source, 5)
 
 
 def test_what_cannot_be_trained_is_said(stack: Path, tmp_path: Path) -> None:

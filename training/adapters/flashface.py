@@ -9,7 +9,7 @@ as nothing would make up for a self-attention that counts twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,7 @@ class FlashFace(stack.AdapterTask[Settings]):
     def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
         main = {} if self.main is None else self.main.diffusion_model.state_dict()
         tensors = own_flashface.tensors(self.net.diffusion_model.state_dict(), self.added, main)
-        return tensors, own_flashface.metadata(
-            FlashFaceSpec(self.spec.base, self.spec.heads, self.spec.face_size, notes)
-        )
+        return tensors, own_flashface.metadata(replace(self.spec, notes=notes))
 
 
 def shown(

@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from ...nodes.attention.injection import Injection
 from ...nodes.attention.patch import attach, directly
+from ...nodes.loaders import small
 from ..base import clip, latents, portraits, sdxl, unet, vae
 from ..base.source import Source, pictures, sheet, some
 from ..data import Album, ShardAlbum, View, WorldAlbum
@@ -219,9 +220,10 @@ class AdapterTask(PeopleTask[Told]):
         """Take over what another run has trained. Raises ValueError where its file has not all that is trained here."""
         if not self.settings.begin:
             return
-        found, told = load_file(self.settings.begin), self.file({})[0]
+        with small.reading(Path(self.settings.begin), "an adapter that another run has made"):
+            found = load_file(self.settings.begin)
         trained = {value.data_ptr() for value in self.parameters() if value.requires_grad}
-        for key, value in told.items():
+        for key, value in self.file({})[0].items():
             if value.data_ptr() not in trained:
                 continue
             if key not in found or found[key].shape != value.shape:
