@@ -30,8 +30,8 @@ SIGLIP_SIZES = {(729, 14): 384}  # positions and patch -> pixels, where patches 
 EVA_GRID = (16, 16)
 EVA_LEVELS = (4, 8, 12, 16, 20)  # the blocks whose inputs PuLID reads
 
-# Where the published towers do not have heads of 64: width -> width of a head.
-HEAD_WIDTHS = {1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
+# Where the published towers, and Portrait World's of 128, do not have heads of 64: width -> width of a head.
+HEAD_WIDTHS = {128: 32, 1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
 
 QUICK = ("openai", "quickgelu", "dfn", "metaclip")
 

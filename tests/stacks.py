@@ -32,7 +32,7 @@ TOWERS = clip.Settings(width=32, layers=1, heads=2, vision_width=128, vision_lay
 UNET: dict[str, Any] = {"side": SIDE, "channels": 32, "levels": (1, 1, 2, 1), "depth": (1, 1, 1, 0), "heads": 2}
 UNET |= {"checkpointing": True}  # as a large one is trained
 FACES = recogniser.Settings(width=4, depth=4, people=2)
-# A trunk of two heads, and tokens of their own width.
+# A trunk of four heads, and tokens of their own width.
 OMNI = encoder.Sizes(features=128, patch=28, layers=2, tokens=6, width=32, heads=2, inner=32)
 FILES = {"vae": vae.FILE, "text": clip.TEXT, "unet": unet.FILE}
 RECOGNISER = "recogniser.onnx"

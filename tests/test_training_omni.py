@@ -23,6 +23,7 @@ from comfyui_likeness.training.task import chance
 from safetensors.torch import load_file
 from stacks import taken, trained
 from torch import Tensor
+from torch.testing import assert_close
 from trainings import DISCS, fit, values
 
 EACH = 4
@@ -182,8 +183,20 @@ def test_the_trunk_may_be_that_of_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(made.queries, plain.queries) and made.trunk.conv1.weight.requires_grad
     with pytest.raises(ValueError, match="another network than .task. says"):
         encoder.fresh(replace(small, trunk=str(file), layers=3), 7)
-    with pytest.raises(ValueError, match="expected an OpenCLIP checkpoint"):
+    with pytest.raises(ValueError, match="expected a CLIP vision tower"):
         encoder.fresh(replace(small, trunk=str(tmp_path / "none")), 7)
+
+
+def test_the_trunk_may_be_a_tower_in_the_transformers_layout(stack: Path) -> None:
+    tower, told = readers.Vision(stack / clip.VISION, "last"), stacks.TOWERS
+    sizes = encoder.Sizes(
+        image_size=told.side, patch=told.patch, features=told.vision_width, layers=told.vision_layers,
+        projection=told.width, activation="quick_gelu", trunk=str(stack / clip.VISION),
+    )  # fmt: skip
+    made = encoder.fresh(sizes, 1)
+    pictures = torch.randint(256, (2, told.side, told.side, 3), dtype=torch.uint8, generator=chance(4))
+    with torch.no_grad():
+        assert_close(encoder.states(made, pictures), tower.read(pictures, torch.device("cpu")))
 
 
 def flowing(stack: Path, **told: Any) -> flow.Flow:

@@ -12,10 +12,10 @@ import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor
 
-SIZE, PATCH, WIDTH, LAYERS, INNER, OUT = 56, 14, 128, 3, 320, 48
+SIZE, PATCH, WIDTH, HEADS, LAYERS, INNER, OUT = 56, 14, 128, 4, 3, 320, 48
 NUMBERS = (WIDTH, LAYERS, PATCH, SIZE)  # as likeness.clip.ARCHITECTURES has them
 CONFIG: dict[str, Any] = {
-    "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": WIDTH // 64,
+    "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
     "image_size": SIZE, "patch_size": PATCH, "projection_dim": OUT, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
     "num_channels": 3, "model_type": "clip_vision_model",
 }  # fmt: skip
@@ -25,7 +25,7 @@ def open_clip(seed: int = 0, quick: bool = False) -> VisionTransformer:
     torch.manual_seed(seed)
     layer = QuickGELU if quick else torch.nn.GELU
     ratio = INNER / WIDTH
-    tower = VisionTransformer(SIZE, PATCH, WIDTH, LAYERS, WIDTH // 64, ratio, output_dim=OUT, act_layer=layer)
+    tower = VisionTransformer(SIZE, PATCH, WIDTH, LAYERS, HEADS, ratio, output_dim=OUT, act_layer=layer)
     for weight in tower.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     return tower.eval().requires_grad_(False)

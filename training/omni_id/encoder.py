@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -21,14 +22,28 @@ from ..task import start
 
 FILE = "omni_id.safetensors"
 VISUAL = "visual."  # under which OpenCLIP's checkpoints have the trunk
+VISION = "vision_model."  # and transformers', whose q, k and v are three there
 TRUNK = "trunk."
+# Of the transformers' layout by OpenCLIP's names, but for q, k and v, which are one there.
+TRANSFORMERS: keymaps.Rules = (
+    (r"vision_model\.embeddings\.class_embedding", "class_embedding"),
+    (r"vision_model\.embeddings\.patch_embedding\.weight", "conv1.weight"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"vision_model\.(pre|post)_lay\w*norm\.(\w+)", r"ln_\1.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"transformer.resblocks.\1.ln_\2.\3"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"transformer.resblocks.\1.attn.\2_\3"),
+    (r"visual_projection\.weight", "proj"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """`image_size` and `patch` in pixels; `features` and `layers` are the trunk's, which begins as the OpenCLIP
-    checkpoint `trunk` if one is named; `projection` is CLIP's, which nothing reads. `tokens` are `width` wide, and
-    `inner` inside their MLPs.
+    """`image_size` and `patch` in pixels; `features` and `layers` are the trunk's, which begins as the vision tower
+    `trunk` if one is named, OpenCLIP's or in the transformers' layout; `projection` is CLIP's, which nothing reads.
+    `tokens` are `width` wide, and `inner` inside their MLPs.
     """
 
     image_size: int = 112
@@ -72,16 +87,28 @@ def fresh(sizes: Sizes, seed: int) -> OmniID:
 
 def _trunk(file: Path, module: OmniID) -> dict[str, Tensor]:
     try:
-        found = keymaps.under(load_file(file), VISUAL)
+        found = _named(load_file(file))
         told = omni_id.fitted({omni_id.POSITIONS: found["positional_embedding"]}, module.spec)
         found = {key: value.float() for key, value in (found | keymaps.under(told, TRUNK)).items()}
     except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected an OpenCLIP checkpoint") from error
+        raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a CLIP vision tower") from error
     own = {key: value.shape for key, value in module.trunk.state_dict().items()}
     if own != {key: value.shape for key, value in found.items()}:
         raise ValueError(
             f"got {file}, another network than [task] says; expected one of its features, layers and patch"
         )
+    return found
+
+
+def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A vision tower's tensors by OpenCLIP's names."""
+    if not any(key.startswith(VISION) for key in tensors):
+        return keymaps.under(tensors, VISUAL)
+    found = keymaps.rename(tensors, TRANSFORMERS)
+    found["proj"] = found["proj"].mT
+    for key in [key for key in found if ".attn.q_" in key]:
+        parts = [found.pop(key.replace(".attn.q_", f".attn.{part}_")) for part in "qkv"]
+        found[key.replace(".attn.q_", ".attn.in_proj_")] = torch.cat(parts)
     return found
 
 
