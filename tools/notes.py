@@ -50,6 +50,8 @@ ABOUT = {
     "demo_plus_face": "The same by what a CLIP image encoder sees of the head.",
     "demo_fused": "Two drawn people in one picture, by fused KV: a half of the picture for each.",
     "demo_flashface": "A drawn person by FlashFace, from four photos; strength and reference_guidance as in the paper.",
+    "demo_infinite_id": "A drawn person by Infinite-ID, without AdaIN. Choose AdaIN-mean for a style that the prompt "
+    "asks for: it costs likeness.",
     "demo_identity": "A person between two drawn ones, kept in models/identities and painted.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
