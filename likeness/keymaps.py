@@ -35,6 +35,20 @@ EVA_CLIP: Rules = (
     (r"(?:trunk\.)?(.+)", r"\1"),
 )
 
+# A CLIP vision tower in the transformers' layout, by OpenCLIP's names, but for q, k and v, which are one there.
+CLIP_VISION: Rules = (
+    (r"vision_model\.embeddings\.class_embedding", "class_embedding"),
+    (r"vision_model\.embeddings\.patch_embedding\.weight", "conv1.weight"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"vision_model\.(pre|post)_lay\w*norm\.(\w+)", r"ln_\1.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"transformer.resblocks.\1.ln_\2.\3"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"transformer.resblocks.\1.attn.out_proj.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"transformer.resblocks.\1.attn.\2_\3"),
+    (r"visual_projection\.weight", "proj"),
+)
+
 # FlashFace, all one UNet's names once its parts are told apart: first what is inside a block, then the blocks.
 FLASHFACE_INSIDE: Rules = (
     (r"(.+)\.layer1\.([02])\.(\w+)", r"\1.in_layers.\2.\3"),

@@ -24,19 +24,6 @@ FILE = "omni_id.safetensors"
 VISUAL = "visual."  # under which OpenCLIP's checkpoints have the trunk
 VISION = "vision_model."  # and transformers', whose q, k and v are three there
 TRUNK = "trunk."
-# Of the transformers' layout by OpenCLIP's names, but for q, k and v, which are one there.
-TRANSFORMERS: keymaps.Rules = (
-    (r"vision_model\.embeddings\.class_embedding", "class_embedding"),
-    (r"vision_model\.embeddings\.patch_embedding\.weight", "conv1.weight"),
-    (r"vision_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"vision_model\.(pre|post)_lay\w*norm\.(\w+)", r"ln_\1.\2"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"transformer.resblocks.\1.ln_\2.\3"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.(\w+)", r"transformer.resblocks.\1.mlp.c_fc.\2"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.(\w+)", r"transformer.resblocks.\1.mlp.c_proj.\2"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"transformer.resblocks.\1.attn.out_proj.\2"),
-    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"transformer.resblocks.\1.attn.\2_\3"),
-    (r"visual_projection\.weight", "proj"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +91,7 @@ def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A vision tower's tensors by OpenCLIP's names."""
     if not any(key.startswith(VISION) for key in tensors):
         return keymaps.under(tensors, VISUAL)
-    found = keymaps.rename(tensors, TRANSFORMERS)
+    found = keymaps.rename(tensors, keymaps.CLIP_VISION)
     found["proj"] = found["proj"].mT
     for key in [key for key in found if ".attn.q_" in key]:
         parts = [found.pop(key.replace(".attn.q_", f".attn.{part}_")) for part in "qkv"]
