@@ -17,7 +17,7 @@ from golden import assert_close, cases
 from safetensors.torch import save_file
 from transformers import SiglipConfig, SiglipModel
 
-SIZE, PATCH, WIDTH, LAYERS, INNER = 56, 14, 128, 3, 320
+SIZE, PATCH, WIDTH, LAYERS, INNER = 56, 14, 192, 3, 320
 
 
 @pytest.fixture

@@ -124,8 +124,12 @@ class Decoupled(stack.AdapterTask[Settings]):
         made: Any = build(settings, self.spec, self.zero.shape[-1])
         self.adapter, self.held = made, stack.Held(made)
         start(made, seed)
-        begin_as_text(made, model.diffusion_model)
+        self.first(made, model.diffusion_model)
         self.begin()
+
+    def first(self, adapter: DecoupledAdapter, net: nn.Module) -> None:
+        """Give the adapter the keys and values that it begins with."""
+        begin_as_text(adapter, net)
 
     @property
     def reader(self) -> Encoder:

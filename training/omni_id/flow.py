@@ -4,7 +4,8 @@
 
 y is the text "photo of a person". That is for a V that is a flow model, as the paper's FLUX is. SD1.5's kind is none:
 here V's own objective takes the place of Eq. 6 and its own schedule that of Eq. 7, and V says the noise eps. On a base
-that is a flow model it is Eq. 6 as it stands. V reads l by decoupled attention, which is trained with E.
+that is a flow model it is Eq. 6 as it stands. V reads l by decoupled attention, which is trained with E. Its values
+begin at 0: V is not disturbed at first, which E would learn to avoid by tokens that are all alike.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from ...likeness.decoupled import DecoupledAdapter
 from ..adapters import decoupled
 from ..adapters.readers import Omni
 from ..base import clip, latents
@@ -60,6 +62,13 @@ class Flow(decoupled.Decoupled):
         self.trained = encoder.trainable(self.eye.module)
         trunk: Any = self.trained.trunk
         trunk.set_grad_checkpointing(settings.checkpointing)
+
+    @torch.no_grad()
+    def first(self, adapter: DecoupledAdapter, net: nn.Module) -> None:
+        super().first(adapter, net)
+        for layer in adapter.layers.values():
+            own: Any = layer
+            own.v.weight.zero_()
 
     @property
     def eye(self) -> Omni:
