@@ -206,6 +206,17 @@ def test_the_rate_rises_and_falls(tmp_path: Path) -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True) and loop.LEAST <= rates[-1] < 0.02
 
 
+def test_parameters_learn_at_their_share_of_the_rate(tmp_path: Path) -> None:
+    class Held(trainings.Line):
+        def share(self, name: str) -> float:
+            return 0.0 if name == "net.3.weight" else 1.0
+
+    loop.train(Held, trainings.run(tmp_path, steps=4, ema=0.0), {})
+    made, first = load_file(tmp_path / "model" / "line.safetensors"), trainings.Line().state_dict()
+    names = [name for name, _ in trainings.Line().named_parameters()]
+    assert [name for name in names if torch.equal(made[name], first[name])] == ["net.3.weight"]
+
+
 def test_chance_is_of_its_numbers_alone() -> None:
     def draw(*numbers: int) -> float:
         return float(torch.rand(1, generator=chance(*numbers)))

@@ -235,6 +235,16 @@ def test_the_encoder_learns_through_the_frozen_generator(stack: Path, folder: Pa
     assert (folder / "likeness" / "omni_id_3_1.safetensors").is_file()
 
 
+def test_the_generator_is_not_disturbed_at_first_and_the_encoder_is_slower(stack: Path) -> None:
+    task = flowing(stack, pool=10, slower=0.25)
+    one, other = task.batch(chance(1), 2), task.batch(chance(2), 2)
+    losses = [task({**one, "cuts": cuts})["noise"] for cuts in (one["cuts"], other["cuts"])]
+    assert torch.equal(*losses) and losses[0] > 0
+    shares = {name: task.share(name) for name in trained(task)}
+    assert {share for name, share in shares.items() if name.startswith("adapter.")} == {1.0}
+    assert {share for name, share in shares.items() if name.startswith("trained.")} == {0.25}
+
+
 def test_all_pictures_of_a_person_are_made_of_the_same_tokens(stack: Path) -> None:
     pooled, whole = flowing(stack, pool=10), flowing(stack)
     batch, other = pooled.batch(chance(1), 2), whole.batch(chance(1), 2)

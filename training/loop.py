@@ -53,11 +53,13 @@ def rate(run: Run, step: int) -> float:
     return run.rate * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """The trained parameters: matrices and kernels decay, norms and biases do not."""
-    trained = [value for value in module.parameters() if value.requires_grad]
-    both = [([p for p in trained if p.ndim > 1], decay), ([p for p in trained if p.ndim < 2], 0.0)]
-    return [{"params": params, "weight_decay": amount} for params, amount in both if params]
+def groups(module: nn.Module, decay: float, share: Callable[[str], float] = lambda name: 1.0) -> list[dict[str, Any]]:
+    """The trained parameters, by their share of the rate: matrices and kernels decay, norms and biases do not."""
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, value in module.named_parameters():
+        if value.requires_grad:
+            found.setdefault((share(name), decay if value.ndim > 1 else 0.0), []).append(value)
+    return [{"params": params, "weight_decay": amount, "share": share} for (share, amount), params in found.items()]
 
 
 def train(make: Callable[[], Task], run: Run, about: Mapping[str, Any]) -> Path:
@@ -90,7 +92,7 @@ class Trainer:
         settings = {**asdict(run), **{f"task.{key}": value for key, value in about.items()}}
         settings |= {"processes": self.processes}
         self.settings = json.loads(json.dumps({key: value for key, value in settings.items() if key not in FREE}))
-        optimiser = torch.optim.AdamW(groups(task, run.decay), lr=run.rate)
+        optimiser = torch.optim.AdamW(groups(task, run.decay, task.share), lr=run.rate)
         self.module, self.optimiser = accelerator.prepare(task, optimiser)
         self.ema = Ema(task, run.ema)
 
@@ -150,7 +152,7 @@ class Trainer:
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.module.parameters(), self.run.clip)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate(self.run, step)
+            group["lr"] = rate(self.run, step) * group["share"]
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.ema.update(self.task, step)

@@ -28,6 +28,10 @@ class Task(nn.Module):
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
+    def share(self, name: str) -> float:
+        """What part of a run's rate the parameter of that name learns at."""
+        return 1.0
+
     @abstractmethod
     def draw(self, chance: Generator) -> dict[str, Tensor]:
         """What shows how far it is, by name: numbers [] and pictures [H, W, 3] from 0 to 1."""

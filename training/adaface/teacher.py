@@ -64,7 +64,8 @@ class Teacher(FaceTask[Settings]):
             given = unet.Noised.of(self.model, batch)
         faces, nobody = self.prompts(batch["read"], ())
         text = torch.where(batch["faceless"][:, None, None], nobody, faces)
-        return {"noise": unet.wrong_noise(self.model, given, self.settings.snr, c_crossattn=text)}
+        told = {"counts": batch.get("counts"), "c_crossattn": text}
+        return {"noise": unet.wrong_noise(self.model, given, self.settings.snr, **told)}
 
     def painter(self) -> Any:
         return self.model

@@ -5,7 +5,8 @@
 y is the text "photo of a person". That is for a V that is a flow model, as the paper's FLUX is. SD1.5's kind is none:
 here V's own objective takes the place of Eq. 6 and its own schedule that of Eq. 7, and V says the noise eps. On a base
 that is a flow model it is Eq. 6 as it stands. V reads l by decoupled attention, which is trained with E. Its values
-begin at 0: V is not disturbed at first, which E would learn to avoid by tokens that are all alike.
+begin at 0, and a small E should learn more slowly than they do: before they tell people apart, all that V asks of the
+tokens is what helps any picture, which makes everybody's alike.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ TEXT = "photo of a person"
 @dataclass(frozen=True, kw_only=True)
 class Settings(decoupled.Settings):
     """`encoder` is the first stage's file, and `made` the name of what becomes of it. Of each person `least` to `most`
-    pictures are read and `targets` made, of `each` in the shards; a batch counts people. `checkpointing` of the trunk
-    saves memory.
+    pictures are read and `targets` made, of `each` in the shards; a batch counts people. E learns at the part `slower`
+    of the rate. `checkpointing` of the trunk saves memory.
     """
 
     reads: str = "omni"
@@ -42,6 +43,7 @@ class Settings(decoupled.Settings):
     least: int = 1
     most: int = 3
     targets: int = 8
+    slower: float = 1.0
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +71,9 @@ class Flow(decoupled.Decoupled):
         for layer in adapter.layers.values():
             own: Any = layer
             own.v.weight.zero_()
+
+    def share(self, name: str) -> float:
+        return self.stage.slower if name.startswith("trained.") else 1.0
 
     @property
     def eye(self) -> Omni:
