@@ -139,6 +139,12 @@ def test_what_of_the_teachers_unet_is_trained(stack: Path) -> None:
         stacks.words("arc2face", stack, trains="some")
 
 
+def test_the_teachers_text_encoder_may_learn_more_slowly(stack: Path) -> None:
+    task = stacks.words("arc2face", stack, slower=0.25)
+    shares = {name.partition(".")[0]: task.share(name) for name in stacks.trained(task)}
+    assert shares == {"text": 0.25, "model": 1.0}
+
+
 def identity(task: FaceTask[Any], read: Tensor) -> Identity:
     """Somebody as Encode Identity tells them."""
     two = torch.zeros(1, 4), torch.zeros(1, 5, 2)
