@@ -52,6 +52,9 @@ ABOUT = {
     "demo_flashface": "A drawn person by FlashFace, from four photos; strength and reference_guidance as in the paper.",
     "demo_infinite_id": "A drawn person by Infinite-ID, without AdaIN. Choose AdaIN-mean for a style that the prompt "
     "asks for: it costs likeness.",
+    "demo_omni_id": "A drawn person by Omni-ID, from four photos that one encoder reads together.",
+    "demo_adaface": "A drawn person by AdaFace: @kim in the prompt stands for sixteen words, and no model is patched. "
+    "The small demo model reads hardly any looks from words: this shows how it is wired, not how like people become.",
     "demo_identity": "A person between two drawn ones, kept in models/identities and painted.",
     "identity_library_make": "Turns photos into two identities and keeps them in models/identities, where every "
     "later workflow finds them.",
