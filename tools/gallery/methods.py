@@ -128,8 +128,8 @@ OMNI = Method(
 )
 ADAFACE = Method(
     "AdaFace",
-    "The person as words of the prompt, in the place of the word person: nothing of the model is patched. This small model "
-    "reads hardly any looks from words, and the three people come out as one.",
+    "The person as words of the prompt, in the place of the word person: nothing of the model is patched. This small "
+    "model reads hardly any looks from words, and the three people come out as one.",
     ["likeness/demo_adaface.safetensors", "likeness/demo_arc2face.safetensors"],
     adaface,
 )
