@@ -2,7 +2,8 @@
 
 Arc2Face's text encoder makes 16 tokens of an ArcFace direction (its rows 4 to 19); the prompt inverter, a text encoder
 with widened attention, makes of them 16 vectors in the space of word embeddings, which stand in a prompt like those of
-textual inversion. The paper widens queries and values; its code, keys and values, and that is what files hold.
+textual inversion. The paper widens queries and values; its code, keys and values, and so do its files; those trained
+here may hold either (clip_text).
 
 File: safetensors, `prompt2token_proj.text_model.*`, and if there, `hidden_state_layer_weights` [3, 1 or D],
 `pad_embeddings` [77, D], `static_img_suffix_embs` [1, S, D]. Metadata under `likeness`: kind, version, base, towers

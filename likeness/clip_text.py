@@ -1,7 +1,10 @@
-"""CLIP's text transformer (2103.00020), its keys and values as wide as a file has them (AdaFace).
+"""CLIP's text transformer (2103.00020), its attention as wide as a file has it (AdaFace, Sec. 2.2).
 
-A widened layer has M keys for each token, all of them visible exactly when the token is: `k_proj` and `v_proj` are
-[M * D, D], copy by copy, and key number t * M + m is copy m of token t. M is read from the shapes, layer by layer.
+A layer widened by keys, as AdaFace's code does it, has M keys and values for each token, all of them visible exactly
+when the token is: key number t * M + m is copy m of token t. One widened by queries, as AdaFace's paper says, has M
+queries and values for each token; copy m of the queries reads copy m of the values, and the output is their mean, so
+that keys and outputs are as many as ever. The wide projections are [M * D, D], copy by copy. What is wide, and M, are
+read from the shapes, layer by layer.
 State dict: that of `text_model.` in the transformers layout.
 """
 
@@ -19,26 +22,35 @@ from .resampler import Shapes
 START, END = 49406, 49407  # the end is the padding too
 LENGTH = 77
 VOCABULARY = 49408
+# What a layer is widened by, beside its values -> that projection, and the one that stays.
+WIDENS: Mapping[str, tuple[str, str]] = {"keys": ("k_proj", "q_proj"), "queries": ("q_proj", "k_proj")}
 
 
 class Attention(nn.Module):
-    """Self-attention of [B, T, D] over `copies` keys per token."""
+    """Self-attention of [B, T, D], with `copies` values per token and as many of what it `widens`, a key of WIDENS."""
 
-    def __init__(self, width: int, heads: int, copies: int, operations: Any) -> None:
+    def __init__(self, width: int, heads: int, copies: int, operations: Any, widens: str = "keys") -> None:
         super().__init__()
-        self.heads, self.copies = heads, copies
-        self.q_proj = operations.Linear(width, width)
-        self.k_proj = operations.Linear(width, copies * width)
+        self.heads, self.copies, self.widens = heads, copies, widens
+        wide, narrow = WIDENS[widens]
+        rows = {wide: copies * width, narrow: width}
+        self.q_proj = operations.Linear(width, rows["q_proj"])
+        self.k_proj = operations.Linear(width, rows["k_proj"])
         self.v_proj = operations.Linear(width, copies * width)
         self.out_proj = operations.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`mask` [T, T] is added to the logits."""
-        q = self.q_proj(x)
-        k, v = (part(x).unflatten(-1, (self.copies, -1)).flatten(1, 2) for part in (self.k_proj, self.v_proj))
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, ., D / heads]
-        mask = None if mask is None else mask.repeat_interleave(self.copies, dim=-1)
-        return self.out_proj(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.widens == "queries":
+            q, v = (t.unflatten(-1, (self.copies, -1)).transpose(1, 2) for t in (q, v))  # [B, M, T, D]
+            return self.out_proj(self._attend(q, k[:, None].expand_as(q), v, mask).mean(1))
+        k, v = (t.unflatten(-1, (self.copies, -1)).flatten(1, 2) for t in (k, v))  # [B, T * M, D]
+        return self.out_proj(self._attend(q, k, v, None if mask is None else mask.repeat_interleave(self.copies, -1)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for t in (q, k, v))  # [..., heads, ., D / heads]
+        return scaled_dot_product_attention(q, k, v, mask).transpose(-3, -2).flatten(-2)
 
 
 class QuickGELU(nn.Module):
@@ -49,10 +61,10 @@ class QuickGELU(nn.Module):
 class Layer(nn.Module):
     """A pre-norm transformer layer: the residual stream [B, T, D] after it."""
 
-    def __init__(self, width: int, inner: int, heads: int, copies: int, operations: Any) -> None:
+    def __init__(self, width: int, inner: int, heads: int, copies: int, operations: Any, widens: str = "keys") -> None:
         super().__init__()
         self.layer_norm1, self.layer_norm2 = operations.LayerNorm(width), operations.LayerNorm(width)
-        self.self_attn = Attention(width, heads, copies, operations)
+        self.self_attn = Attention(width, heads, copies, operations, widens)
         self.mlp = nn.ModuleDict({"fc1": operations.Linear(width, inner), "fc2": operations.Linear(inner, width)})
         self.activation = QuickGELU()
 
@@ -115,10 +127,13 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], width: int, heads: int, opera
     made = []
     for i in range(count):
         name = f"encoder.layers.{i}"
-        inner, rows = shapes[f"{name}.mlp.fc1.weight"][0], shapes[f"{name}.self_attn.k_proj.weight"][0]
-        if rows % width or shapes[f"{name}.self_attn.v_proj.weight"][0] != rows:
-            raise ValueError(f"layer {i} has keys and values of unequal or odd width; expected the same multiple")
-        made.append(Layer(width, inner, heads, rows // width, operations))
+        inner = shapes[f"{name}.mlp.fc1.weight"][0]
+        rows = {part: shapes[f"{name}.self_attn.{part}.weight"][0] for part in ("q_proj", "k_proj", "v_proj")}
+        widens = "queries" if rows["q_proj"] > width else "keys"
+        wide, narrow = WIDENS[widens]
+        if rows["v_proj"] % width or rows[wide] != rows["v_proj"] or rows[narrow] != width:
+            raise ValueError(f"layer {i} has {widens} and values of unequal or odd width; expected the same multiple")
+        made.append(Layer(width, inner, heads, rows["v_proj"] // width, operations, widens))
     return made
 
 

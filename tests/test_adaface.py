@@ -96,13 +96,27 @@ def test_widened_attention(name: str) -> None:
     close(case, {"out_causal": layer(x, mask), "out_nomask": layer(x, None)})
 
 
-def test_equal_copies_change_nothing() -> None:
+@pytest.mark.parametrize("widens", clip_text.WIDENS)
+def test_equal_copies_change_nothing(widens: str) -> None:
     torch.manual_seed(0)
-    plain, wide = (clip_text.Attention(64, 4, copies, torch.nn).requires_grad_(False) for copies in (1, 3))
-    own = plain.state_dict()
-    wide.load_state_dict({k: v.repeat(3, *[1] * (v.ndim - 1)) if k[0] in "kv" else v for k, v in own.items()})
+    plain, wide = (clip_text.Attention(64, 4, copies, torch.nn, widens).requires_grad_(False) for copies in (1, 3))
+    own, parts = plain.state_dict(), f"v{widens[0]}"
+    wide.load_state_dict({k: v.repeat(3, *[1] * (v.ndim - 1)) if k[0] in parts else v for k, v in own.items()})
     x, mask = torch.randn(2, 9, 64), torch.full((9, 9), -torch.inf).triu(1)
     assert torch.allclose(plain(x, mask), wide(x, mask), atol=1e-6)
+
+
+def test_copies_of_queries_read_those_of_values_and_are_averaged() -> None:
+    torch.manual_seed(0)
+    wide = clip_text.Attention(64, 4, 3, torch.nn, "queries").requires_grad_(False)
+    own, x, mask = wide.state_dict(), torch.randn(2, 9, 64), torch.full((9, 9), -torch.inf).triu(1)
+    said = []
+    for copy in range(3):
+        alone = clip_text.Attention(64, 4, 1, torch.nn).requires_grad_(False)
+        rows = slice(copy * 64, (copy + 1) * 64)
+        alone.load_state_dict({k: v[rows] if k[0] in "qv" else v for k, v in own.items()})
+        said.append(alone(x, mask))
+    assert torch.allclose(wide(x, mask), sum(said) / 3, atol=1e-6)
 
 
 def forms(full: Tensor, pad: Tensor, first: int) -> dict[str, Tensor]:

@@ -266,33 +266,41 @@ def test_random_faces_are_a_part_and_their_pictures_noise(stack: Path) -> None:
     assert all((one[:-1] >= one[1:]).all() for one in [task.batch(chance(7), 9)["times"]])
 
 
-def test_expansion_keeps_what_the_inverter_says(stack: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("widens", clip_text.WIDENS)
+def test_expansion_keeps_what_the_inverter_says(stack: Path, tmp_path: Path, widens: str) -> None:
     first = stacks.words("adaface", stack)
     first.save(tmp_path, {})
     file = str(tmp_path / "made_adaface.safetensors")
     same, wide = (
-        stacks.words("adaface", stack, begin=file, copies=(4,), spread=0.0),
-        stacks.words("adaface", stack, begin=file, copies=(4,)),
+        stacks.words("adaface", stack, begin=file, copies=(4,), widens=widens, spread=0.0),
+        stacks.words("adaface", stack, begin=file, copies=(4,), widens=widens),
     )
     taught = torch.randn(2, 77, 32, generator=chance(1))
     with torch.no_grad():
         old, exact, new = (task.vectors(taught) for task in (first, same, wide))
     assert torch.allclose(exact, old, atol=1e-2) and not torch.equal(new, exact)
     assert (new - exact).norm() < 0.2 * exact.norm()
-    copies = wide.inverter.text.layers[0].self_attn.k_proj.weight.unflatten(0, (4, -1)).detach()
-    assert torch.equal(copies[0], same.inverter.text.layers[0].self_attn.k_proj.weight[:32])
+    part = f"{clip_text.WIDENS[widens][0]}.weight"
+    copies = wide.inverter.text.layers[0].self_attn.get_parameter(part).unflatten(0, (4, -1)).detach()
+    assert torch.equal(copies[0], same.inverter.text.layers[0].self_attn.get_parameter(part)[:32])
     assert all(float((copies[i] - copies[0]).std()) > 0 for i in (1, 2, 3)) and not torch.equal(copies[1], copies[2])
     # It is saved, and widened once more, as it was.
     wide.save(tmp_path, {})
-    again = stacks.words("adaface", stack, begin=file, copies=(8,))
-    assert again.inverter.text.layers[0].self_attn.copies == 8
-    assert again.inverter.text.layers[0].self_attn.k_proj.weight.shape == (256, 32)
+    again = stacks.words("adaface", stack, begin=file, copies=(8,), widens=widens)
+    attention = again.inverter.text.layers[0].self_attn
+    assert (attention.copies, attention.widens) == (8, widens)
+    assert attention.get_parameter(part).shape == (256, 32)
     for copies_, message in (
         ((2, 2), "copies for 2 layers"),
         ((6,), r"copies = 6 for layer 0 in \[task\], which has 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            stacks.words("adaface", stack, begin=file, copies=copies_)
+            stacks.words("adaface", stack, begin=file, copies=copies_, widens=widens)
+    other = {"keys": "queries", "queries": "keys"}[widens]
+    with pytest.raises(ValueError, match="values of unequal or odd width"):
+        stacks.words("adaface", stack, begin=file, copies=(8,), widens=other)
+    with pytest.raises(ValueError, match="got widens = 'heads'"):
+        stacks.words("adaface", stack, widens="heads")
 
 
 def test_widened_weights_by_hand() -> None:

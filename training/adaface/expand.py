@@ -1,4 +1,5 @@
-"""Dynamic model expansion (AdaFace, Sec. 2.2): more keys and values for each word, slightly varied copies of the old.
+"""Dynamic model expansion (AdaFace, Sec. 2.2): slightly varied copies of the old values of each word, and of its keys,
+as AdaFace's code has it, or of its queries, as the paper says.
 
 A run ends where its loss stays level, and another begins with its file, so that a checkpoint's shapes are a run's own.
 """
@@ -10,11 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ...likeness.clip_text import WIDENS
 from ..task import chance
 
 
-def expanded(tensors: Mapping[str, Tensor], copies: Sequence[int], spread: float, seed: int) -> dict[str, Tensor]:
-    """A text model's tensors with so many keys and values per word in each layer.
+def expanded(
+    tensors: Mapping[str, Tensor], copies: Sequence[int], spread: float, seed: int, widens: str = "keys"
+) -> dict[str, Tensor]:
+    """A text model's tensors with so many values per word in each layer, and as many of what it `widens`.
 
     The first copy of all that a layer has stays; the others' weights move by noise of `spread` times the mean deviation
     of their rows. Raises ValueError where the numbers do not fit the layers.
@@ -24,7 +28,7 @@ def expanded(tensors: Mapping[str, Tensor], copies: Sequence[int], spread: float
     if len(copies) != layers:
         raise ValueError(f"got copies for {len(copies)} layers in [task]; expected {layers}, one number for each")
     for layer, wanted in enumerate(copies):
-        for part in ("k_proj", "v_proj"):
+        for part in (WIDENS[widens][0], "v_proj"):
             name = f"encoder.layers.{layer}.self_attn.{part}"
             weight, bias = tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
             rows, width = weight.shape

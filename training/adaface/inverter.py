@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from ...likeness import adaface, arc2face, keymaps, prompts
+from ...likeness.clip_text import WIDENS
 from ...likeness.spec import PrompterSpec
 from ...nodes.loaders.adaface import encoder
 from ..base import clip, unet
@@ -42,8 +43,8 @@ class Settings(FaceSettings):
     steps. In `prompt` @ stands for the person; in captions, the first of `class_words` that they say. `mix` weighs the
     inverter's last layers at first, the last one last.
 
-    It may `begin` with the file of another run, widened to `copies` keys and values per word in each layer; all but the
-    first copy begin with `spread` of noise in parts of the weights' own.
+    It may `begin` with the file of another run, widened to `copies` values per word in each layer and as many "keys" or
+    "queries", as `widens` says; all but the first copy begin with `spread` of noise in parts of the weights' own.
     """
 
     teacher: str
@@ -55,9 +56,12 @@ class Settings(FaceSettings):
     mix: tuple[float, ...] = (1.0, 2.0, 4.0)
     begin: str = ""
     copies: tuple[int, ...] = ()
+    widens: str = "keys"
     spread: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.widens not in WIDENS:
+            raise ValueError(f"got widens = {self.widens!r} in [task]; expected {' or '.join(WIDENS)}")
         if HERE not in self.prompt or self.denoise < 1 or not self.class_words:
             raise ValueError(
                 f"got prompt = {self.prompt!r}, denoise = {self.denoise}, {len(self.class_words)} class_words in "
@@ -195,7 +199,7 @@ def inverter(text: Any, settings: Settings, seed: int) -> adaface.PromptInverter
         tensors.pop("embeddings.token_embedding.known", None)
     if settings.copies:
         own = keymaps.under(text.transformer.state_dict(), words.ENCODER) if tensors is None else tensors
-        tensors = expanded(own, settings.copies, settings.spread, seed)
+        tensors = expanded(own, settings.copies, settings.spread, seed, settings.widens)
     made = adaface.PromptInverter(words.text_model(text, tensors), {})
     if len(mix):
         delattr(made, MIX)
