@@ -19,7 +19,8 @@ PLACES: Mapping[str, str] = {
     "judge/model/judge.onnx": "demo",
     "recogniser/model/recogniser.onnx": "insightface/models/demo",
     "detector/model/detector.onnx": "insightface/models/demo",
-    "decoupled_*/model/demo_*.safetensors": "ipadapter",
+    "decoupled_arcface/model/demo_faceid.safetensors": "ipadapter",
+    "decoupled_image/model/demo_plus_face.safetensors": "ipadapter",
     "fused/model/demo_fused.safetensors": "likeness",
     "infinite_id/model/demo_infinite_id.safetensors": "likeness",
     "omni_flow/model/omni_id.safetensors": "likeness",
@@ -31,15 +32,9 @@ PLACES: Mapping[str, str] = {
 
 
 def found(runs: Path) -> dict[str, Path]:
-    """The finished files, by their place in weights/. Raises ValueError where two runs made one of the same name."""
-    out: dict[str, Path] = {}
-    for pattern, folder in PLACES.items():
-        for file in sorted(runs.glob(pattern)):
-            place = f"{folder}/{file.name}"
-            if place in out:
-                raise ValueError(f"got {out[place]} and {file}; expected one {file.name}; move the other away")
-            out[place] = file
-    return out
+    """The finished files, by their place in weights/."""
+    files = {runs / name: folder for name, folder in PLACES.items()}
+    return {f"{folder}/{file.name}": file for file, folder in files.items() if file.is_file()}
 
 
 def ship(runs: Path, weights: Path) -> list[str]:
