@@ -25,7 +25,7 @@ Settings = TypeVar("Settings")
 class Run:
     """How to train, whatever it is. `batch` and `workers` are per process, `rate` is the highest learning rate.
 
-    `data` is `world`, or a folder of WebDataset shards (see data.ShardAlbum).
+    Of 0 `steps` it writes the first weights. `data` is `world`, or a folder of WebDataset shards (data.ShardAlbum).
     The rate rises over `warmup` steps and falls as a cosine to a hundredth. `clip` bounds the gradient's norm.
     """
 
@@ -47,11 +47,9 @@ class Run:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch", "rate", "clip", "log_every", "draw_every", "save_every", "keep")
-        wrong = [f"{name} = {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
-        wrong += [
-            f"{name} = {getattr(self, name)}" for name in ("warmup", "decay", "workers") if getattr(self, name) < 0
-        ]
+        positive = ("batch", "rate", "clip", "log_every", "draw_every", "save_every", "keep")
+        known = {name: getattr(self, name) for name in (*positive, "steps", "warmup", "decay", "workers")}
+        wrong = [f"{name} = {value}" for name, value in known.items() if value < 0 or (value == 0 and name in positive)]
         if wrong:
             raise ValueError(f"got {', '.join(wrong)} in [run]; expected more; mend the config")
         if not 0 <= self.ema < 1:
