@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PEOPLE, PROMPTS = 2, 2
-UNSHIPPED = {*rows.PLACED.values(), rows.INFINITE_PLAIN, rows.ADAFACE_FACE}
+UNSHIPPED = {*rows.PLACED.values(), rows.IMAGE_AS_FUSED, rows.INFINITE_PLAIN, rows.ADAFACE_FACE}
 UNSHIPPED |= {rows.OMNI.format(f"_{ends}") for ends in rows.ENCODERS}
 
 
