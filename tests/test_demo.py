@@ -204,7 +204,8 @@ def test_people_are_the_casts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_finished_files_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, place = tmp_path / "runs", tmp_path / "weights"
     made = {"vae/model/vae.safetensors": 4, "decoupled_arcface/model/demo_faceid.safetensors": 5, "vae/log": 6}
-    made |= {"flashface_both/model/demo_flashface_both.safetensors": 7}  # to compare
+    compared = ("decoupled_as_fused/model/demo_image_as_fused", "flashface_both/model/demo_flashface_both")
+    made |= {f"{name}.safetensors": 7 for name in compared}
     for name, size in made.items():
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         (runs / name).write_bytes(bytes(size))
