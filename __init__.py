@@ -12,6 +12,6 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint() -> ComfyExtension:
     """Give the host the pack's nodes."""
-    from .nodes.registry import Likeness
+    from .nodes.registry import LikenessExtension
 
-    return Likeness()
+    return LikenessExtension()

@@ -1,1 +1,1 @@
-"""What the pack costs, in ratios to the bare model: `python -m benchmarks`."""
+"""Cost of each adapter kind relative to the unpatched model: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--base sd15|sdxl|both] [--size small|full] ...`: the table, in the host's Python."""
+"""`python -m benchmarks [--base sd15|sdxl|both|flashface|...] [--size small|full] ...`: prints the tables."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from tools import host
 
 
-def work(arguments: list[str]) -> int:
-    return host.start("benchmarks.measure", arguments)
+def run_benchmarks(arguments: list[str]) -> int:
+    return host.run_module("benchmarks.measure", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(host.main(work))
+    sys.exit(host.run_tool(run_benchmarks))

@@ -1,7 +1,7 @@
-"""FlashFace in one run: the bare model, the authors' way of computing it, and ours, for a first and a second picture.
+"""FlashFace: the unpatched model, the official implementation, and this pack for a first and a second image.
 
-The authors' way, emulated on the same weights: the second UNet runs whole at every step, and every row, also those
-that see no reference, projects the references and attends to them.
+The official implementation is emulated on the same weights: its second UNet runs completely at every step, and all rows
+project and attend to the references, including those that do not use them.
 """
 
 from __future__ import annotations
@@ -11,95 +11,99 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .compare import Case, compare, part
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
 
-FACES = 4
-AUTHORS = "the authors' way"
-ALIASES = ("encoder.", "middle.", "decoder.")
-COUNTED = 3  # steps, so that a refresh of 3 is counted fairly
+from ..likeness.attention.feature_cache import ReferenceFeatureCache
+from ..nodes.attention.flashface.added_layers import ADDED_LAYER_OUTPUT_OPTION
+from ..nodes.attention.flashface.apply_reference import ApplyReference
+from ..nodes.attention.flashface.reference_term import ReferenceTerm, make_attention_function
+from ..nodes.attention.injection import ATTN1_OUTPUT, ModelCall, PatchPlace
+from ..nodes.attention.patch import attach_injection, capture_attention_inputs, get_branches, get_injections
+from ..nodes.loaders.flashface_loader import build_flashface
+from ..nodes.types import LoadedReferenceNet
+from ..tools.standins import models
+from .compare import BenchmarkCase, compare_cases
+from .models import RandomLatentVAE, choose_dtype, make_random_identity
 
-
-def load(size: str) -> tuple[Any, Any]:
-    """MODEL and REFERENCE_NET of a checkpoint from seeds; full: as published."""
-    import torch
-    from comfy import model_management as management
-
-    models, loader = part("tools.standin_models"), part("nodes.loaders.flashface")
-    tensors = models.flashface(5, 320 if size == "full" else 32)
-    dtype = torch.float16 if management.get_torch_device().type == "cuda" else torch.float32
-    once = {key: value.to(dtype) for key, value in tensors.items() if not key.startswith(ALIASES)}
-    return loader.build(once, "seeds", bank())
-
-
-def bank() -> Any:
-    return part("likeness.bank").MemoryBank()
+NUM_REFERENCE_FACES = 4
+OFFICIAL_CASE = "official implementation"
+ALIAS_PREFIXES = ("encoder.", "middle.", "decoder.")
 
 
-class Faces:
-    """A VAE whose pictures have random latents."""
-
-    def encode(self, pictures: Any) -> Any:
-        import torch
-
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(len(pictures), 4, 28, 28, generator=generator) / 0.18215
+def load_random_flashface(size: str) -> tuple[ModelPatcher, LoadedReferenceNet]:
+    """MODEL and REFERENCE_NET of a checkpoint with random weights; `full` as published."""
+    tensors = models.make_flashface(5, 320 if size == "full" else 32)
+    dtype = choose_dtype(torch.float16)
+    tensors = {key: value.to(dtype) for key, value in tensors.items() if not key.startswith(ALIAS_PREFIXES)}
+    return build_flashface(tensors, "random weights", ReferenceFeatureCache())
 
 
-def referenced(model: Any, net: Any, **changes: Any) -> Any:
-    import torch
-
-    spec = part("likeness.spec")
-    person = spec.Identity(
-        "someone", torch.tensor([[128.0, 128.0, 384.0, 384.0]]).repeat(FACES, 1), torch.ones(FACES, 5, 2),
-        torch.ones(FACES), torch.ones(FACES), torch.zeros(FACES, 512, 512, 3, dtype=torch.uint8),
-    )  # fmt: skip
-    settings = {"strength": 1.2, "reference_guidance": 3.2, "start_percent": 0.0, "end_percent": 1.0, "launch": 1000}
-    node = part("nodes.attention.reference").ApplyReference
-    return node.execute(model, net, person, Faces(), **settings, **changes).args[0]
-
-
-def official(model: Any, net: Any) -> Any:
-    """The same model with its reference attention computed as the authors do."""
-    import torch
-
-    reference, patch = part("nodes.attention.reference"), part("nodes.attention.patch")
-
-    @dataclass(frozen=True, eq=False)
-    class Official(reference.Reference):
-        def prepare(self, call: Any) -> Mapping[Any, Any]:
-            (person,) = self.people
-            unet, n = self.net.patcher.model.diffusion_model, len(person.latents)
-            x, time_, text = person.latents.to(call.device, call.dtype), call.timesteps[:1], call.text
-            context = text.to(call.device, call.dtype).expand(n, -1, -1)
-            never = [*self.places, reference.Place("attn1_output", ("never", 0), 0, False)]
-            seen = patch.inputs(unet, x, time_.expand(n), context, never)  # never is never seen: all of it runs
-            strengths = torch.tensor(self.strengths(call), device=call.device).repeat_interleave(call.rows)
-            return {place: (layer, seen[place], strengths) for place, layer in self.layers.items()}
-
-        def term(self, state: Any, q: Any, options: dict[str, Any]) -> Any:
-            layer, seen, strengths = state
-            both = torch.cat((q, seen.flatten(0, 1)[None].expand(len(q), -1, -1)), 1)
-            out = reference.attend(options)(layer.q(q), layer.k(both), layer.v(both))
-            return strengths.to(q.dtype)[:, None, None] * (layer.o(out) - options[reference.HEARD].own)
-
-    ours = referenced(model, net)
-    injection, branch = patch.injections(ours)[-1], patch.branches(ours)[-1]
-    copied = {field.name: getattr(injection, field.name) for field in fields(reference.Reference)}
-    return patch.attach(model, Official(**copied), branch)
+def apply_reference(model: ModelPatcher, reference_net: LoadedReferenceNet, refresh: int = 1) -> ModelPatcher:
+    crop = torch.zeros(NUM_REFERENCE_FACES, 512, 512, 3, dtype=torch.uint8)
+    return ApplyReference.execute(
+        model,
+        reference_net,
+        make_random_identity({}, NUM_REFERENCE_FACES, crop),
+        RandomLatentVAE(),
+        strength=1.2,
+        reference_guidance=3.2,
+        start_percent=0.0,
+        end_percent=1.0,
+        launch=1000,
+        refresh=refresh,
+    ).args[0]
 
 
-def cases(model: Any, net: Any, resolution: int) -> list[Case]:
-    nothing, ours = (lambda: None), referenced(model, net)
+@dataclass(frozen=True, eq=False)
+class OfficialReferenceTerm(ReferenceTerm):
+    """Computes reference attention as the official code does: nothing is cached, and all rows are processed."""
+
+    def prepare_states(self, call: ModelCall) -> Mapping[PatchPlace, Any]:
+        (person,) = self.people
+        assert call.negative_text is not None
+        unet, n = self.reference_net.patcher.model.diffusion_model, len(person.latents)
+        x = person.latents.to(call.device, call.dtype)
+        context = call.negative_text.to(call.device, call.dtype).expand(n, -1, -1)
+        # The last place does not exist, so that the UNet is not stopped after the last attention.
+        places = [*self.places, PatchPlace(ATTN1_OUTPUT, ("none", 0), 0, False)]
+        features = capture_attention_inputs(unet, x, call.timesteps[:1].expand(n), context, places)
+        strengths = torch.tensor(self.settings.compute_strengths(call), device=call.device)
+        strengths = strengths.repeat_interleave(call.rows_per_chunk)
+        return {place: (layer, features[place], strengths) for place, layer in self.attentions.items()}
+
+    def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        layer, features, strengths = state
+        tokens = torch.cat((q, features.flatten(0, 1)[None].expand(len(q), -1, -1)), 1)
+        out = layer.o(make_attention_function(options)(layer.q(q), layer.k(tokens), layer.v(tokens)))
+        return strengths.to(q.dtype)[:, None, None] * (out - options[ADDED_LAYER_OUTPUT_OPTION].output)
+
+
+def apply_official_reference(model: ModelPatcher, reference_net: LoadedReferenceNet) -> ModelPatcher:
+    """The same model with reference attention computed as the official code does."""
+    patched = apply_reference(model, reference_net)
+    injection, branch = get_injections(patched)[-1], get_branches(patched)[-1]
+    values = {field.name: getattr(injection, field.name) for field in fields(ReferenceTerm)}
+    return attach_injection(model, OfficialReferenceTerm(**values), branch)
+
+
+def make_flashface_cases(
+    model: ModelPatcher, reference_net: LoadedReferenceNet, resolution: int
+) -> list[BenchmarkCase]:
+    patched, clear_cache = apply_reference(model, reference_net), reference_net.feature_cache.clear
+    refreshed, official = apply_reference(model, reference_net, 3), apply_official_reference(model, reference_net)
     return [
-        Case("bare model, two rows", model, nothing, False, resolution),
-        Case("bare model, three rows", model, nothing, True, resolution),
-        Case(AUTHORS, official(model, net), nothing, False, resolution),
-        Case("ours, first picture", ours, net.bank.clear, False, resolution),
-        Case("ours, from the second picture on", ours, nothing, False, resolution),
-        Case("ours, first picture, refresh 3", referenced(model, net, refresh=3), net.bank.clear, False, resolution),
+        BenchmarkCase("model only, two rows", model, resolution=resolution),
+        BenchmarkCase("model only, three rows", model, use_dual_cfg=True, resolution=resolution),
+        BenchmarkCase(OFFICIAL_CASE, official, resolution=resolution),
+        BenchmarkCase("this pack, first image", patched, clear_cache, resolution=resolution),
+        BenchmarkCase("this pack, from the second image on", patched, resolution=resolution),
+        BenchmarkCase("this pack, first image, refresh 3", refreshed, clear_cache, resolution=resolution),
     ]
 
 
-def measure(arguments: argparse.Namespace) -> str:
-    """The table. A second picture follows a first one of as many steps, as it does with an artist."""
-    return compare(cases(*load(arguments.size), arguments.resolution), arguments.repeats, AUTHORS)
+def measure_flashface(arguments: argparse.Namespace) -> str:
+    """The table. The second image has the same number of steps as the first."""
+    cases = make_flashface_cases(*load_random_flashface(arguments.size), arguments.resolution)
+    return compare_cases(cases, arguments.repeats, OFFICIAL_CASE)

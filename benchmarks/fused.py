@@ -1,100 +1,103 @@
-"""Fused KV in one run: the bare model, clean and matching faces, first and later pictures, two people by masks.
+"""Fused KV: the unpatched model, clean and matched face noise, first and later images, two people with masks.
 
-The dense way is emulated on the same weights: one attention with a mask of queries x keys for every layer.
+The dense variant is emulated on the same weights: one attention with a mask of queries x keys in every layer.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .compare import Case, compare, part
-from .measure import BARE, base_model
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..likeness.attention.grouped_attention import BiasedAttentionFunction, KeyValueBlock, QueryGroup
+from ..likeness.spec import Identity, People, Person
+from ..nodes.attention import slots
+from ..nodes.attention.apply_fused import ApplyFused
+from ..nodes.loaders.fused_kv_loader import make_loaded_fused_kv, make_zero_shot_fused_kv
+from ..nodes.types import LoadedFusedKV
+from .compare import BASELINE_CASE, BenchmarkCase, compare_cases
+from .models import RandomLatentVAE, build_unet_model, make_random_identity
 
 
-class Faces:
-    """A VAE whose pictures have random latents."""
-
-    def encode(self, pictures: Any) -> Any:
-        import torch
-
-        size = (len(pictures), 4, pictures.shape[1] // 8, pictures.shape[2] // 8)
-        return torch.randn(size, generator=torch.Generator().manual_seed(1)) / 0.18215
+def make_crop_person(value: int) -> Identity:
+    """An identity whose face crop has one gray value."""
+    return make_random_identity({}, crop=torch.full((1, 512, 512, 3), value, dtype=torch.uint8))
 
 
-def person(seed: int) -> Any:
-    import torch
-
-    crop = torch.full((1, 512, 512, 3), seed, dtype=torch.uint8)
-    one = torch.ones(1)
-    return part("likeness.spec").Identity("someone", torch.zeros(1, 4), torch.zeros(1, 5, 2), one, one, crop)
-
-
-def couple(side: int) -> tuple[Any, ...]:
-    """Two people, each in a half of the picture."""
-    import torch
-
-    left = torch.zeros(1, side, side)
-    left[..., : side // 2] = 1
-    make = part("likeness.spec").Person
-    return make(person(1), left), make(person(2), 1 - left)
+def make_two_people(resolution: int) -> People:
+    """Two people, each in one half of the image."""
+    left = torch.zeros(1, resolution, resolution)
+    left[..., : resolution // 2] = 1
+    return Person(make_crop_person(1), left), Person(make_crop_person(2), 1 - left)
 
 
-def fused(model: Any, adapter: Any, who: Any, side: int) -> Any:
-    node = part("nodes.attention.fused").ApplyFused
-    return node.execute(model, adapter, who, Faces(), 1.0, 0.0, 1.0, "all", side).args[0]
+def apply_fused_kv(
+    model: ModelPatcher, adapter: LoadedFusedKV, people: Identity | People, resolution: int
+) -> ModelPatcher:
+    return ApplyFused.execute(model, adapter, people, RandomLatentVAE(), 1.0, 0.0, 1.0, "all", resolution).args[0]
 
 
-def dense(model: Any, adapter: Any, who: Any, side: int) -> Any:
-    """The same picture with Eq. 7 as a mask of queries x keys, as the paper writes it."""
-    import torch
+def attend_blocks_densely(
+    q: Tensor, blocks: Sequence[KeyValueBlock], _groups: Sequence[QueryGroup], attend: BiasedAttentionFunction
+) -> Tensor:
+    """Eq. 7 of the fusion paper as an additive mask of queries x keys."""
+    k, v = (
+        torch.cat([part.expand(len(q), -1, -1) for part in parts], 1)
+        for parts in zip(*((block.k, block.v) for block in blocks), strict=True)
+    )
+    masks = [q.new_zeros(1, q.shape[1], block.k.shape[1]) for block in blocks]
+    for mask, block in zip(masks, blocks, strict=True):
+        if block.visible_queries is not None:
+            mask.masked_fill_(~block.visible_queries[..., None].to(q.device), -torch.inf)
+    return attend(q, k, v, torch.cat(masks, 2))
 
-    slots = part("nodes.attention.slots")
-    made = fused(model, adapter, who, side)
 
-    def attend(q: Any, blocks: Any, _groups: Any, attend: Any) -> Any:
-        k, v = (
-            torch.cat([x.expand(len(q), -1, -1) for x in xs], 1)
-            for xs in zip(*((b.k, b.v) for b in blocks), strict=True)
-        )
-        masks = [q.new_zeros(1, q.shape[1], b.k.shape[1]) for b in blocks]
-        for mask, block in zip(masks, blocks, strict=True):
-            if block.seen is not None:
-                mask.masked_fill_(~block.seen[..., None].to(q.device), -torch.inf)
-        return attend(q, k, v, torch.cat(masks, 2))
+def apply_dense_fused_kv(
+    model: ModelPatcher, adapter: LoadedFusedKV, people: Identity | People, resolution: int
+) -> ModelPatcher:
+    """The same with a dense attention mask instead of grouped queries."""
 
-    def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        ours, slots.attend_blocks = slots.attend_blocks, attend
+    def replace_attention(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        grouped, slots.attend_blocks = slots.attend_blocks, attend_blocks_densely
         try:
             return executor(*args, **kwargs)
         finally:
-            slots.attend_blocks = ours
+            slots.attend_blocks = grouped
 
-    made = made.clone()
-    made.add_wrapper_with_key("outer_sample", "dense", around)
-    return made
+    patched = apply_fused_kv(model, adapter, people, resolution).clone()
+    patched.add_wrapper_with_key("outer_sample", "dense", replace_attention)
+    return patched
 
 
-def cases(size: str, side: int) -> list[Case]:
-    import torch
+def make_fused_kv_cases(size: str, resolution: int) -> list[BenchmarkCase]:
+    model, empty = build_unet_model("sd15", size), [[torch.zeros(1, 77, 768), {}]]
+    clean, match = (
+        make_loaded_fused_kv(*make_zero_shot_fused_kv(model, empty, noise), noise) for noise in ("clean", "match")
+    )
 
-    nothing, model = (lambda: None), base_model("sd15", size)
-    loader = part("nodes.loaders.fused")
-    empty = [[torch.zeros(1, 77, 768), {}]]
-    clean, match = (loader.build(*loader.zero_shot(model, empty, noise), noise) for noise in ("clean", "match"))
+    def make_case(
+        name: str,
+        adapter: LoadedFusedKV,
+        people: Identity | People,
+        before_run: Callable[[], object] = lambda: None,
+        apply_adapter: Callable[..., ModelPatcher] = apply_fused_kv,
+    ) -> BenchmarkCase:
+        return BenchmarkCase(name, apply_adapter(model, adapter, people, resolution), before_run, resolution=resolution)
 
-    def case(name: str, adapter: Any, who: Any, before: Any = nothing, make: Any = fused) -> Case:
-        return Case(name, make(model, adapter, who, side), before, resolution=side)
-
+    person, two_people = make_crop_person(1), make_two_people(resolution)
     return [
-        Case(BARE, model, nothing, resolution=side),
-        case("clean", clean, person(1)),
-        case("match, first picture", match, person(1), match.bank.clear),
-        case("match, from the second picture on", match, person(1)),
-        case("clean, two people by masks", clean, couple(side)),
-        case("the same with a dense mask", clean, couple(side), make=dense),
+        BenchmarkCase(BASELINE_CASE, model, resolution=resolution),
+        make_case("fused KV, clean", clean, person),
+        make_case("fused KV, match, first image", match, person, match.feature_cache.clear),
+        make_case("fused KV, match, from the second image on", match, person),
+        make_case("fused KV, clean, two people by masks", clean, two_people),
+        make_case("the same with a dense attention mask", clean, two_people, apply_adapter=apply_dense_fused_kv),
     ]
 
 
-def measure(arguments: argparse.Namespace) -> str:
-    return compare(cases(arguments.size, arguments.resolution), arguments.repeats, BARE)
+def measure_fused(arguments: argparse.Namespace) -> str:
+    return compare_cases(make_fused_kv_cases(arguments.size, arguments.resolution), arguments.repeats, BASELINE_CASE)

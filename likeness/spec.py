@@ -1,4 +1,4 @@
-"""The nouns of the pack, as frozen data: features, faces, identities, adapters. No behaviour beyond reading them."""
+"""The data types of the pack as frozen dataclasses: features, faces, identities, adapter specs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-FACE_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
-CROPS = ("photo", "black", "head", "ffhq512", *FACE_SIZES)
+FACE_CROP_SIZES = {"face112": 112, "face224": 224, "face256": 256, "face336": 336}
+CROP_NAMES = ("photo", "black", "head", "ffhq512", *FACE_CROP_SIZES)
 
 
 @dataclass(frozen=True)
 class Feature:
-    """What an adapter asks of an encoder: which network, which of its layers, on which crop of the photo.
+    """An encoder output that an adapter reads: which network, which of its layers, on which crop of the photo.
 
     `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`; `layer` is `raw`,
-    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROPS`: the whole photo, a
-    black picture in its place, the head with a margin, or an aligned face.
+    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROP_NAMES`: the full photo, a
+    black image instead of it, the head with a margin, or an aligned face.
     """
 
     network: str
@@ -29,8 +29,8 @@ class Feature:
     def __str__(self) -> str:
         return f"{self.network}.{self.layer}.{self.crop}"
 
-    def id(self, sha256: str) -> str:
-        """The encoder id under which an identity keeps this feature, given the hash of the encoder's file."""
+    def format_encoder_id(self, sha256: str) -> str:
+        """The encoder id that is the key of this feature in an identity. `sha256` is that of the encoder's file."""
         return f"{self}-{sha256[:8]}"
 
 
@@ -40,16 +40,19 @@ _ENCODER_ID = re.compile(
 
 
 def parse_encoder_id(text: str) -> tuple[Feature, str]:
-    """Split an encoder id into its feature and its eight hash digits. Raises ValueError on any other text."""
+    """Split an encoder id into its feature and the first eight hex digits of the hash.
+
+    Raises ValueError if `text` is not an encoder id.
+    """
     match = _ENCODER_ID.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not an encoder id; expected <network>.<layer>.<crop>-<8 hex digits>")
     return Feature(match["network"], match["layer"], match["crop"]), match["hash8"]
 
 
-def find(held: Mapping[str, Tensor], feature: Feature) -> str | None:
-    """The encoder id under which a mapping holds `feature`, or None."""
-    return next((key for key in held if parse_encoder_id(key)[0] == feature), None)
+def find_encoder_id(embeddings: Mapping[str, Tensor], feature: Feature) -> str | None:
+    """The key of `feature` in a mapping from encoder ids, or None."""
+    return next((key for key in embeddings if parse_encoder_id(key)[0] == feature), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ class Face:
     """One detected face, in pixels of the photo (x to the right, y down).
 
     `box` [4] is x0, y0, x1, y1; `kps` [5, 2] are left eye, right eye, nose, left and right mouth corner as the viewer
-    sees them; `score` is the detector's, 0 where no detector has looked.
+    sees them; `score` is the detector's confidence, 0 if no detector was run.
     """
 
     box: Tensor
@@ -72,13 +75,13 @@ class Face:
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """All that is known of one person. Immutable; row i of every tensor belongs to face i.
+    """One person: faces and their embeddings. Immutable; row i of every tensor belongs to face i.
 
-    `box` [n, 4] and `kps` [n, 5, 2] are pixels of the crop; `score` [n]; `weight` [n], relative; `crop` uint8
-    [n, H, W, 3] RGB, the head with a margin, or None; `embeddings` maps encoder ids to raw [n, ...]; `zeros` maps them
-    to what the network gives for the zero picture, [1, ...]; `joint` maps encoder ids to what an encoder made of all
-    faces together, [1, T, W]; `sources` says what each photo was; `hashes` maps encoder ids to the sha256 of the
-    encoder's file.
+    `box` [n, 4] and `kps` [n, 5, 2] are in pixels of the crop; `score` [n] is the detector's; `weight` [n] is relative;
+    `crop` is uint8 [n, H, W, 3] RGB, the head with a margin, or None. `embeddings` maps encoder ids to raw (not
+    normalized) outputs [n, ...], `zero_embeddings` to the output for an all-zero image [1, ...], `joint_embeddings` to
+    the output for all faces encoded jointly [1, T, W]. `sources` describes each photo. `hashes` maps encoder ids to the
+    sha256 of the encoder's file.
     """
 
     name: str
@@ -88,27 +91,30 @@ class Identity:
     weight: Tensor
     crop: Tensor | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
-    zeros: Mapping[str, Tensor] = field(default_factory=dict)
+    zero_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
-    joint: Mapping[str, Tensor] = field(default_factory=dict)
+    joint_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.box.shape[0]
 
-    def find(self, feature: Feature) -> str | None:
-        """The encoder id under which `embeddings` hold `feature`, or None."""
-        return find(self.embeddings, feature)
+    def find_embedding(self, feature: Feature) -> str | None:
+        """The key of `feature` in `embeddings`, or None."""
+        return find_encoder_id(self.embeddings, feature)
 
-    def find_joint(self, feature: Feature) -> str | None:
-        """The encoder id under which `joint` holds `feature`, or None."""
-        return find(self.joint, feature)
+    def find_joint_embedding(self, feature: Feature) -> str | None:
+        """The key of `feature` in `joint_embeddings`, or None."""
+        return find_encoder_id(self.joint_embeddings, feature)
 
 
 @dataclass(frozen=True, eq=False)
 class Person:
-    """An identity in a picture: where (a region [B, H, W], 0 to 1, or None for everywhere), how strongly, and what is
-    said of this person alone (the host's conditioning), if anything."""
+    """An identity placed in an image.
+
+    `mask` is the region [B, H, W], 0 to 1, or None for the full image. `prompt` is ComfyUI's conditioning for this
+    person alone, or None.
+    """
 
     identity: Identity
     mask: Tensor | None = None
@@ -120,12 +126,12 @@ People = tuple[Person, ...]
 
 
 @dataclass(frozen=True)
-class FusedSpec:
-    """What a fused KV adapter is (likeness.fused).
+class FusedKVSpec:
+    """Spec of a fused KV adapter (likeness/methods/fused_kv.py).
 
-    `base` is the family of base models; `stream_noise` the noise of the face latents: `match`, that of the picture's
-    step, or `clean`, none; `face_size` the side of the face pictures in pixels; `layers` maps the path of each
-    transformer block to the width of its hidden states; `notes` say how it was trained.
+    `base` is the base model family. `stream_noise` is the noise level of the face latents: `match` the current step, or
+    `clean`. `face_size` is the side of the face images in pixels. `layers` maps the path of each transformer block to
+    its hidden width. `notes` describe the training.
     """
 
     base: str
@@ -137,10 +143,10 @@ class FusedSpec:
 
 @dataclass(frozen=True)
 class FlashFaceSpec:
-    """What a FlashFace file is (likeness.own_flashface); as its authors published it, if nothing is said.
+    """Spec of a FlashFace file (likeness/checkpoints/native_flashface.py). The defaults are the published model's.
 
-    `base` is the family of base models; `heads` are those of its UNets' attentions; `face_size` is the side of a
-    reference in pixels; `notes` say how it was trained.
+    `base` is the base model family, `heads` the number of attention heads of both UNets, `face_size` the side of a
+    reference image in pixels. `notes` describe the training.
     """
 
     base: str = "SD1.5"
@@ -151,48 +157,50 @@ class FlashFaceSpec:
 
 @dataclass(frozen=True)
 class OmniIDSpec:
-    """What an Omni-ID encoder is (likeness.omni_id). The defaults are the paper's, or ours where it is silent.
+    """Spec of an Omni-ID encoder (likeness/methods/omni_id.py). The defaults are the paper's, or ours where the paper
+    does not say.
 
-    `image_size` is the side of the face pictures and `patch` that of the trunk's patches, in pixels; `features` is the
-    width of the trunk's states, of which `states` are read (omni_id.STATES), the class token's too or not; `activation`
-    is the trunk's. Of the blocks, `cross_blocks` attend to the photos and `self_blocks` to the tokens, `tokens` of
-    them, `width` wide, with `heads` and an MLP of `inner`. `notes` say how it was trained.
+    Trunk: `image_size` and `patch_size` in pixels, `trunk_width` the width of its hidden states, `states` which of them
+    are read (a key of `omni_id.TRUNK_STATES`), `class_token` whether the class token is read too, `activation` of its
+    MLPs. Decoder: `cross_blocks` attend to the photos and `self_blocks` to the tokens; `tokens` queries of `width`,
+    `heads` attention heads, MLPs of `mlp_width`. `notes` describe the training.
     """
 
     image_size: int = 224
-    patch: int = 14
-    features: int = 1280
+    patch_size: int = 14
+    trunk_width: int = 1280
     states: str = "last"
     class_token: bool = True
     activation: str = "gelu"
     tokens: int = 256
     width: int = 1280
     heads: int = 20
-    inner: int = 5120
+    mlp_width: int = 5120
     cross_blocks: int = 2
     self_blocks: int = 2
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def side(self) -> int:
-        """Patches along the side of a picture."""
-        return self.image_size // self.patch
+    def patches_per_side(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
 
     @property
     def states_per_photo(self) -> int:
-        return self.side**2 + self.class_token
+        return self.patches_per_side**2 + self.class_token
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What an adapter file is. `kind` names its row of `detect.SIGNATURES`.
+    """Spec of an adapter file.
 
-    `base` is the family of base models; `tokens` the tokens it makes of one face; `width` the width of its keys'
-    and values' input; `layers` the hidden width of each cross-attention in the file's order (down, up, middle);
-    `needs` the features its projector reads, in order; `lora_rank` is 0 where the file holds no LoRA; `unconditional`
-    says what the negative prompt's rows attend to: `zero`, the tokens of no face, or `none`; `as_text` whether tokens
-    are as wide as a UNet's text; `names` are those of FLUX's layers in the file: "double_blocks.0", "single_blocks.3",
-    or "7", counted through all blocks.
+    `kind` is the name of its row in `checkpoint_detection.CHECKPOINT_SIGNATURES`; `base` the base model family;
+    `tokens` the number of identity tokens per face; `width` the input width of the key and value projections; `layers`
+    the hidden width of each cross-attention in the file's order (down, up, middle); `needs` the features that the
+    projector reads, in order; `lora_rank` is 0 if the file has no LoRA; `unconditional` is what the negative rows
+    attend to: `zero`, the tokens of zero embeddings, or `none`; `matches_text_width` whether the tokens are as wide as
+    a UNet's text embeddings; `layer_names` are FLUX's layers in the file: "double_blocks.0", "single_blocks.3", or "7",
+    counted over all blocks.
     """
 
     kind: str
@@ -203,16 +211,16 @@ class AdapterSpec:
     needs: tuple[Feature, ...]
     lora_rank: int = 0
     unconditional: str = "zero"
-    as_text: bool = True
-    names: tuple[str, ...] = ()
+    matches_text_width: bool = True
+    layer_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Arc2FaceSpec:
-    """What a text encoder of Arc2Face's kind is (likeness.arc2face).
+    """Spec of a text encoder like Arc2Face's (likeness/methods/arc2face.py).
 
-    `base` is the family of base models; `heads` are those of its attention; `faces` are the features that it reads, in
-    the order of preference; `notes` say how it was trained.
+    `base` is the base model family, `heads` the number of attention heads, `faces` the features that it can read, in
+    order of preference. `notes` describe the training.
     """
 
     base: str
@@ -222,11 +230,12 @@ class Arc2FaceSpec:
 
 
 @dataclass(frozen=True)
-class PrompterSpec:
-    """What an AdaFace file is (likeness.adaface).
+class AdaFaceSpec:
+    """Spec of an AdaFace file (likeness/methods/adaface.py).
 
-    `base` is the family of base models; `towers` maps each of its text encoders, "l", to the width of its words, in the
-    order in which a vector holds them; `heads` are those of the inverter's attention; `notes` say how it was trained.
+    `base` is the base model family. `towers` maps the name of each text encoder, such as "l", to its token embedding
+    width, in the order in which the predicted vectors are concatenated. `heads` is the number of attention heads of the
+    inverter. `notes` describe the training.
     """
 
     base: str

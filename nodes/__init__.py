@@ -1,1 +1,1 @@
-"""The host's side of the pack: `registry.py` gathers the nodes."""
+"""The ComfyUI nodes of the pack; `registry.py` collects them."""

@@ -1,4 +1,4 @@
-"""Compare Pictures and Evaluate Identity: the numbers that papers give for pictures and for likeness."""
+"""Compare Images and Evaluate Identity: the image quality and likeness metrics that papers report."""
 
 from __future__ import annotations
 
@@ -11,141 +11,163 @@ from comfy.sd1_clip import SD1CheckpointClipModel
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness import faces, measures
+from ..likeness.faces import alignment, detection
+from ..likeness.identity import metrics
 from ..likeness.spec import Face, Identity
 from . import types
-from .photos import hash_note, references, split, target
+from .photos import get_reference_embeddings, get_unit_embedding, list_hash_warnings, split_photos
 
-MOST = 100.0  # dB, for pictures that are the same
+MAX_PSNR = 100.0  # dB, for identical images
 
 
-def psnr(picture: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures [H, W, 3] in 0..1, in dB, 100 at most, by scikit-image."""
+def compute_psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio of images [H, W, 3] in 0..1, in dB, at most 100 (scikit-image)."""
     from skimage.metrics import peak_signal_noise_ratio
 
-    if torch.equal(picture, reference):
-        return MOST
-    return min(MOST, float(peak_signal_noise_ratio(reference.numpy(), picture.numpy(), data_range=1)))
+    if torch.equal(image, reference):
+        return MAX_PSNR
+    return min(MAX_PSNR, float(peak_signal_noise_ratio(reference.numpy(), image.numpy(), data_range=1)))
 
 
-def ssim(picture: Tensor, reference: Tensor) -> float:
-    """Structural similarity of pictures [H, W, 3] in 0..1 with the window of Wang et al. (2004), by scikit-image."""
+def compute_ssim(image: Tensor, reference: Tensor) -> float:
+    """Structural similarity of images [H, W, 3] in 0..1, with the window of Wang et al. (2004) (scikit-image)."""
     from skimage.metrics import structural_similarity
 
-    given = {"data_range": 1, "channel_axis": -1}
+    layout = {"data_range": 1, "channel_axis": -1}
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return float(cast(float, structural_similarity(reference.numpy(), picture.numpy(), **given, **window)))
+    return float(cast(float, structural_similarity(reference.numpy(), image.numpy(), **layout, **window)))
 
 
-def paired(pictures: Sequence[Tensor], others: Sequence[Tensor], name: str) -> list[Tensor]:
-    """Each picture's own of the others, or for all of them the only one. Raises ValueError on other numbers."""
-    if len(others) not in (1, len(pictures)):
+def match_references(images: Sequence[Tensor], reference_images: Sequence[Tensor], input_name: str) -> list[Tensor]:
+    """One reference per image; a single reference is used for all. Raises ValueError if the counts do not match."""
+    if len(reference_images) not in (1, len(images)):
         raise ValueError(
-            f"got {len(pictures)} pictures and {len(others)} at {name}; expected one for all, or one for each"
+            f"got {len(images)} image(s) and {len(reference_images)} at {input_name}; expected one for all images, or "
+            "one per image"
         )
-    return [*others] * (len(pictures) if len(others) == 1 else 1)
+    return [*reference_images] * (len(images) if len(reference_images) == 1 else 1)
 
 
-class ComparePictures(io.ComfyNode):
+class CompareImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LikenessCompare",
-            display_name="Compare Pictures",
+            display_name="Compare Images",
             category="likeness/face",
-            description="How near pictures are to others pixel by pixel: PSNR and SSIM. They tell a codec's or an "
-            "upscaler's loss, and whether a change of the graph changed the picture; likeness is another matter.",
+            description="Compares images with references pixel by pixel: PSNR and SSIM. Use it to measure the loss "
+            "of a codec or an upscaler, or to check whether a change in the workflow changed the image. It does not "
+            "measure likeness.",
             search_aliases=["psnr", "ssim", "metrics", "difference"],
             inputs=[
-                io.Image.Input("image", tooltip="Pictures to measure, as a batch."),
+                io.Image.Input("image", tooltip="Images to measure, as a batch."),
                 io.Image.Input(
                     "reference",
-                    tooltip="What they should be, of the same size in pixels: one for all, or one for each.",
+                    tooltip="Reference images of the same size in pixels: one for all images, or one per image.",
                 ),
             ],
             outputs=[
-                io.Float.Output(display_name="psnr", tooltip="Mean PSNR in dB, 100 at most: above 40 few see it."),
-                io.Float.Output(display_name="ssim", tooltip="Mean SSIM, -1 to 1: 1 for the same picture."),
-                io.String.Output(display_name="report", tooltip="Both numbers of each picture."),
+                io.Float.Output(
+                    display_name="psnr", tooltip="Mean PSNR in dB, at most 100. Above 40, few see a difference."
+                ),
+                io.Float.Output(display_name="ssim", tooltip="Mean SSIM, -1 to 1. 1: identical images."),
+                io.String.Output(display_name="report", tooltip="PSNR and SSIM of each image."),
             ],
         )  # fmt: skip
 
     @classmethod
     def execute(cls, image: Tensor, reference: Tensor) -> io.NodeOutput:
-        pictures, others = split([image]), split([reference])
-        sizes = [" x ".join(map(str, reversed(one[0].shape[:2]))) for one in (pictures, others)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"got pictures of {sizes[0]} and {sizes[1]} pixels; expected one size; scale one of them")
-        pairs = list(zip(pictures, paired(pictures, others, "reference"), strict=True))
-        values = torch.tensor([[psnr(*pair), ssim(*pair)] for pair in pairs], dtype=torch.float64)
-        lines = [f"picture {n}: PSNR {db:.2f} dB, SSIM {alike:.4f}" for n, (db, alike) in enumerate(values.tolist(), 1)]
+        images, references = split_photos([image]), split_photos([reference])
+        size, reference_size = (f"{batch[0].shape[1]} x {batch[0].shape[0]}" for batch in (images, references))
+        if size != reference_size:
+            raise ValueError(
+                f"got images of {size} and references of {reference_size} pixels; expected the same size; scale one of "
+                "them"
+            )
+        pairs = list(zip(images, match_references(images, references, "reference"), strict=True))
+        values = torch.tensor([[compute_psnr(*pair), compute_ssim(*pair)] for pair in pairs], dtype=torch.float64)
+        lines = [f"image {n}: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" for n, (psnr, ssim) in enumerate(values.tolist(), 1)]
         return io.NodeOutput(*values.mean(0).tolist(), "\n".join(lines))
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """Of some pictures the face most like an identity, each, and its vector [p, 512]; None and zeros without a face."""
+class DetectedFaces:
+    """The face of each image that is most similar to an identity, and its ArcFace vector [p, 512].
+
+    Images without a face have None and zeros.
+    """
 
     faces: Sequence[Face | None]
-    vectors: Tensor
+    embeddings: Tensor
 
     @classmethod
-    def of(cls, pictures: Sequence[Tensor], identity: Identity, analyzer: types.Analyzer) -> Seen:
-        wanted, found = target(identity, analyzer), list[Face | None]()
-        vectors = torch.zeros(len(pictures), len(wanted), dtype=torch.float64)
-        for row, picture in zip(vectors, pictures, strict=True):
-            there = faces.find_faces(picture, analyzer.detect).faces
-            face = there[faces.most_alike(picture, there, analyzer.embed, wanted)] if there else None
-            found.append(face)
-            if face is not None:
-                row += analyzer.embed(faces.pixels(picture), face).double()
-        return cls(found, vectors)
+    def find_most_similar(
+        cls, images: Sequence[Tensor], identity: Identity, analyzer: types.FaceAnalyzerProtocol
+    ) -> DetectedFaces:
+        target, faces = get_unit_embedding(identity, analyzer), list[Face | None]()
+        embeddings = torch.zeros(len(images), len(target), dtype=torch.float64)
+        for row, image in zip(embeddings, images, strict=True):
+            detected = detection.find_faces(image, analyzer.detect).faces
+            face = None
+            if detected:
+                face = detected[detection.pick_most_similar_face(image, detected, analyzer.embed, target)]
+                row += analyzer.embed(alignment.convert_to_uint8(image), face).double()
+            faces.append(face)
+        return cls(faces, embeddings)
 
 
-def of_pictures(vision: Any, pictures: Sequence[Tensor]) -> Tensor:
-    """A CLIP_VISION's embeddings of pictures, [p, d]."""
-    return torch.cat([vision.encode_image(one[None], crop=True)["image_embeds"].float().cpu() for one in pictures])
+def embed_images(clip_vision: Any, images: Sequence[Tensor]) -> Tensor:
+    """CLIP image embeddings [p, d]."""
+    return torch.cat(
+        [clip_vision.encode_image(image[None], crop=True)["image_embeds"].float().cpu() for image in images]
+    )
 
 
-def of_text(clip: Any, text: str, width: int) -> Tensor:
-    """A CLIP's embedding of a text in the space of its pictures' [width].
+def embed_text(clip: Any, text: str, width: int) -> Tensor:
+    """CLIP text embedding [width], projected into the space of the image embeddings.
 
-    Raises ValueError on one of another width, or that came without the projection into that space: the host's is then
-    the identity.
+    Raises ValueError if the width differs, or if the checkpoint holds no text projection: the host then uses the
+    identity matrix.
     """
     modules = dict(clip.cond_stage_model.named_modules())
     projections = [module.weight.float().cpu() for name, module in modules.items() if name.endswith("text_projection")]
     if any(torch.equal(weight, torch.eye(len(weight))) for weight in projections):
         raise ValueError(
-            "got a text encoder without a text projection; expected a whole CLIP's, as SD1.5 checkpoints hold none; "
-            "load the text encoder that was trained with clip_vision by Load CLIP"
+            "got a text encoder without a text projection, as in SD1.5 checkpoints; expected that of a complete CLIP; "
+            "load the text encoder that was trained with clip_vision with Load CLIP"
         )
     pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)[1].float().cpu()
     for module in modules.values():
-        if isinstance(module, SD1CheckpointClipModel):  # SD1.5's, whose pooled states the host does not project
+        if isinstance(module, SD1CheckpointClipModel):  # the host does not project the pooled states of SD1.5's CLIP
             pooled = pooled @ module.transformer.text_projection.weight.float().cpu().T
-    made = pooled[0]
-    if len(made) != width:
+    embedding = pooled[0]
+    if len(embedding) != width:
         raise ValueError(
-            f"got {width} numbers of a picture and {len(made)} of the text; expected clip_vision and clip of one "
-            "network; load both of the same CLIP"
+            f"got image embeddings of width {width} and text embeddings of width {len(embedding)}; expected "
+            "clip_vision and clip of the same network; load both from one CLIP"
         )
-    return made
+    return embedding
 
 
-# What is measured, by the name of its output: in words and of how many digits.
-NAMES = {
+# Output name -> how the report prints the metric.
+METRIC_FORMATS = {
     "sim_ref": "Sim_ref {:.3f}", "sim_target": "Sim_target {:.3f}", "paste": "Paste {:.3f}", "clip_i": "CLIP-I {:.3f}",
-    "clip_t": "CLIP-T {:.3f}", "pose_error": "pose {:.1f} degrees apart",
+    "clip_t": "CLIP-T {:.3f}", "pose_error": "pose error {:.1f} degrees",
 }  # fmt: skip
 
 
-def to_target(seen: Seen, aim: Seen, ref: Tensor) -> dict[str, Tensor]:
-    """What there is to say of faces and those that were to be made; pose is NaN where either is missing."""
-    likeness = measures.cosines(seen.vectors, aim.vectors)
-    pairs = zip(seen.faces, aim.faces, strict=True)
-    apart = [measures.pose_error(a, b) if a is not None and b is not None else torch.nan for a, b in pairs]
-    return {"sim_target": likeness, "paste": measures.paste(ref, likeness), "pose_error": torch.tensor(apart)}
+def compare_to_target(
+    generated_faces: DetectedFaces, target_faces: DetectedFaces, reference_similarity: Tensor
+) -> dict[str, Tensor]:
+    """Metrics of generated faces against the target faces, [p] each. pose_error is NaN if either face is missing."""
+    likeness = metrics.compute_cosines(generated_faces.embeddings, target_faces.embeddings)
+    pairs = zip(generated_faces.faces, target_faces.faces, strict=True)
+    pose_errors = [metrics.compute_pose_error(a, b) if a is not None and b is not None else torch.nan for a, b in pairs]
+    return {
+        "sim_target": likeness,
+        "paste": metrics.compute_paste_score(reference_similarity, likeness),
+        "pose_error": torch.tensor(pose_errors),
+    }
 
 
 class EvaluateIdentity(io.ComfyNode):
@@ -155,69 +177,81 @@ class EvaluateIdentity(io.ComfyNode):
             node_id="LikenessEvaluate",
             display_name="Evaluate Identity",
             category="likeness/face",
-            description="The numbers by which papers compare methods: likeness to the photos of an identity and to the "
-            "picture that was asked for, copying, CLIP's cosines, the error of pose.",
+            description="Measures generated images with the metrics of the papers: similarity to the photos of an "
+            "identity and to a target image, copying, CLIP similarity and pose error.",
             search_aliases=["metrics", "face similarity", "clip score", "paste", "benchmark"],
             inputs=[
-                io.Image.Input("image", tooltip="Generated pictures, as a batch. Of each the face most alike counts."),
-                types.Identity.Input("identity", tooltip="Whom they show; encoded with the same model pack."),
-                types.FaceAnalyzer.Input("face_analyzer", tooltip="Finds and compares the faces."),
+                io.Image.Input(
+                    "image", tooltip="Generated images, as a batch. The most similar face of each image is used."
+                ),
+                types.IdentitySocket.Input(
+                    "identity", tooltip="The person they should show, encoded with the same model pack."
+                ),
+                types.FaceAnalyzerSocket.Input("face_analyzer", tooltip="Detects and compares the faces."),
                 io.Image.Input(
                     "target", optional=True,
-                    tooltip="A photo of the person as the picture was to be, none of the identity's: one for all "
-                    "pictures, or one for each. For sim_target, paste, clip_i, pose_error.",
+                    tooltip="A photo of the person that shows what the image should look like, not one of the "
+                    "identity's photos. One for all images, or one per image. For sim_target, paste, clip_i and "
+                    "pose_error.",
                 ),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="From Load CLIP Vision, for clip_i, clip_t."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="For clip_i and clip_t. Load CLIP Vision."),
                 io.Clip.Input(
                     "clip", optional=True,
                     tooltip="For clip_t: the text encoder that was trained together with clip_vision.",
                 ),
                 io.String.Input(
-                    "text", default="", multiline=True, optional=True, tooltip="For clip_t: what the pictures show."
+                    "text", default="", multiline=True, optional=True, tooltip="For clip_t: the prompt of the images."
                 ),
             ],
             outputs=[
                 io.Float.Output(
-                    display_name="sim_ref", tooltip="Largest cosine to a face of the identity, -1 to 1; 0: no face."
+                    display_name="sim_ref",
+                    tooltip="Highest cosine similarity to a face of the identity, -1 to 1. 0: no face found.",
                 ),
-                io.Float.Output(display_name="sim_target", tooltip="Cosine to the target's face, -1 to 1."),
-                io.Float.Output(display_name="paste", tooltip="sim_ref - sim_target: high where a photo is copied."),
-                io.Float.Output(display_name="clip_i", tooltip="CLIP's cosine to the target picture, -1 to 1."),
-                io.Float.Output(display_name="clip_t", tooltip="CLIP's cosine to the text, -1 to 1."),
-                io.Float.Output(display_name="pose_error", tooltip="Degrees to the target's pose, 0 to 180."),
-                io.String.Output(display_name="report", tooltip="All numbers of each picture; what was not measured."),
+                io.Float.Output(display_name="sim_target", tooltip="Cosine similarity to the target's face, -1 to 1."),
+                io.Float.Output(display_name="paste", tooltip="sim_ref - sim_target. High if a photo was copied."),
+                io.Float.Output(display_name="clip_i", tooltip="CLIP similarity to the target image, -1 to 1."),
+                io.Float.Output(display_name="clip_t", tooltip="CLIP similarity to the text, -1 to 1."),
+                io.Float.Output(display_name="pose_error", tooltip="Angle to the target's pose, 0 to 180 degrees."),
+                io.String.Output(
+                    display_name="report", tooltip="All metrics of each image, and those that were not measured."
+                ),
             ],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, image: Tensor, identity: Identity, face_analyzer: types.Analyzer, target: Tensor | None = None,
+        cls, image: Tensor, identity: Identity, face_analyzer: types.FaceAnalyzerProtocol, target: Tensor | None = None,
         clip_vision: Any = None, clip: Any = None, text: str = "",
     ) -> io.NodeOutput:  # fmt: skip
-        pictures = split([image])
-        aims = None if target is None else paired(pictures, split([target]), "target")
-        seen = Seen.of(pictures, identity, face_analyzer)
-        values = {"sim_ref": measures.nearest(seen.vectors, references(identity, face_analyzer))}
-        if aims is not None:
-            values |= to_target(seen, Seen.of(aims, identity, face_analyzer), values["sim_ref"])
+        images = split_photos([image])
+        targets = None if target is None else match_references(images, split_photos([target]), "target")
+        faces = DetectedFaces.find_most_similar(images, identity, face_analyzer)
+        reference_embeddings = get_reference_embeddings(identity, face_analyzer)
+        values = {"sim_ref": metrics.compute_reference_similarity(faces.embeddings, reference_embeddings)}
+        if targets is not None:
+            target_faces = DetectedFaces.find_most_similar(targets, identity, face_analyzer)
+            values |= compare_to_target(faces, target_faces, values["sim_ref"])
         if clip_vision is not None:
-            made = of_pictures(clip_vision, pictures)
-            if aims is not None:
-                values["clip_i"] = measures.cosines(made, of_pictures(clip_vision, aims))
+            image_embeddings = embed_images(clip_vision, images)
+            if targets is not None:
+                values["clip_i"] = metrics.compute_cosines(image_embeddings, embed_images(clip_vision, targets))
             if clip is not None:
-                values["clip_t"] = measures.cosines(made, of_text(clip, text, made.shape[1]))
-        means = [float(values[name].nanmean().nan_to_num()) if name in values else 0.0 for name in NAMES]
-        return io.NodeOutput(*means, "\n".join([*hash_note(identity, face_analyzer), *told(seen, values)]))
+                text_embedding = embed_text(clip, text, image_embeddings.shape[1])
+                values["clip_t"] = metrics.compute_cosines(image_embeddings, text_embedding)
+        means = [float(values[name].nanmean().nan_to_num()) if name in values else 0.0 for name in METRIC_FORMATS]
+        report = "\n".join([*list_hash_warnings(identity, face_analyzer), *format_metric_lines(faces, values)])
+        return io.NodeOutput(*means, report)
 
 
-def told(seen: Seen, values: dict[str, Tensor]) -> list[str]:
-    """A line for each picture, and one for what could not be measured."""
+def format_metric_lines(generated_faces: DetectedFaces, values: dict[str, Tensor]) -> list[str]:
+    """One line per image, and one that names the metrics that were not measured."""
     lines = []
-    for number, face in enumerate(seen.faces):
-        row = [form.format(values[name][number]) for name, form in NAMES.items() if name in values]
-        lines.append(f"picture {number + 1}: {', '.join(row)}{'' if face is not None else '; no face found'}")
-    missing = [name for name in NAMES if name not in values]
-    return lines + ([f"Not measured, and 0: {', '.join(missing)}."] if missing else [])
+    for i, face in enumerate(generated_faces.faces):
+        row = [template.format(values[name][i]) for name, template in METRIC_FORMATS.items() if name in values]
+        lines.append(f"image {i + 1}: {', '.join(row)}{'' if face is not None else '; no face found'}")
+    missing = [name for name in METRIC_FORMATS if name not in values]
+    return lines + ([f"Not measured (output is 0): {', '.join(missing)}."] if missing else [])
 
 
-NODES = [ComparePictures, EvaluateIdentity]
+NODES = [CompareImages, EvaluateIdentity]

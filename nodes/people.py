@@ -1,4 +1,4 @@
-"""People: several identities in one picture, each in a region; drawn, found in a layout picture, looked at."""
+"""People: several identities in one image, each in its region, from masks, boxes or the faces of a layout image."""
 
 from __future__ import annotations
 
@@ -9,44 +9,48 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness import draw, regions
-from ..likeness.faces import find_faces
+from ..likeness.attention import regions
+from ..likeness.faces import drawing
+from ..likeness.faces.detection import find_faces
 from ..likeness.spec import Identity, People, Person
 from . import types
-from .photos import split
+from .photos import split_photos
 
-SIZE: dict[str, Any] = {"min": 64, "max": 16384, "step": 8}
-# Layers of SD1.5 and SDXL see the picture in cells of so many pixels.
-CELLS = (8, 16, 32, 64)
-
-
-def chained(before: People | None, *more: Person) -> People:
-    return (*(before or ()), *more)
+SIZE_LIMITS: dict[str, Any] = {"min": 64, "max": 16384, "step": 8}
+# Pixels per latent grid cell in the layers of SD1.5 and SDXL.
+LAYER_DOWNSCALE_FACTORS = (8, 16, 32, 64)
 
 
-def laid_out(
+def append_people(earlier_people: People | None, *new_people: Person) -> People:
+    return (*(earlier_people or ()), *new_people)
+
+
+def place_identities(
     identities: Sequence[Identity], boxes: Tensor, size: tuple[int, int], feather: int, overlap: str
 ) -> list[Person]:
-    """An identity for each box [n, 4] in pixels, from left to right. Raises ValueError where the numbers differ."""
+    """One identity per box [n, 4] in pixels, from left to right. Raises ValueError if their counts differ."""
     if len(boxes) != len(identities):
         raise ValueError(
-            f"got {len(identities)} identities for {len(boxes)} places; expected one identity for each, from left to "
-            "right; connect as many, or change the places"
+            f"got {len(identities)} identities for {len(boxes)} boxes; expected one identity per box, from left to "
+            "right; connect as many identities as there are boxes, or change the boxes"
         )
-    masks = regions.lay_out(regions.left_to_right(boxes), *size, feather, overlap)
-    return [Person(who, regions.check(mask, who.name)) for who, mask in zip(identities, masks, strict=True)]
+    masks = regions.make_box_regions(regions.sort_left_to_right(boxes), *size, feather, overlap)
+    return [
+        Person(identity, regions.validate_mask(mask, identity.name))
+        for identity, mask in zip(identities, masks, strict=True)
+    ]
 
 
-def pixels(drawn: Sequence[Any]) -> Tensor:
-    """Boxes of the host, each {x, y, width, height} or a list of such, as [n, 4] of x0, y0, x1, y1."""
-    found: list[tuple[float, ...]] = []
-    for box in drawn:
+def convert_host_boxes(host_boxes: Sequence[Any]) -> Tensor:
+    """ComfyUI's bounding boxes, each {x, y, width, height} or a list of these, as [n, 4]: x0, y0, x1, y1."""
+    corners: list[tuple[float, ...]] = []
+    for box in host_boxes:
         if isinstance(box, dict):
             x, y, width, height = (float(box[name]) for name in ("x", "y", "width", "height"))
-            found.append((x, y, x + width, y + height))
+            corners.append((x, y, x + width, y + height))
         else:
-            found += pixels(box).tolist()
-    return torch.tensor(found).view(-1, 4)
+            corners += convert_host_boxes(box).tolist()
+    return torch.tensor(corners).view(-1, 4)
 
 
 class MakePerson(io.ComfyNode):
@@ -56,27 +60,30 @@ class MakePerson(io.ComfyNode):
             node_id="LikenessPerson",
             display_name="Person",
             category="likeness/people",
-            description="An identity and where in the picture it may appear. Chain several for several people; every "
-            "Apply Identity node takes them.",
+            description="An identity and the region of the image where it may appear. Chain several nodes for several "
+            "people. Every Apply Identity node accepts people.",
             search_aliases=["regional", "mask", "several people"],
             inputs=[
-                types.Identity.Input("identity", tooltip="Who it is; from Encode, Load, Merge or Mix."),
+                types.IdentitySocket.Input("identity", tooltip="The person, from Encode, Load, Merge or Mix."),
                 io.Mask.Input(
                     "mask", optional=True,
-                    tooltip="Where: white on a mask of the picture's shape; a batch of masks is one per picture. "
-                    "Without it, everywhere.",
+                    tooltip="Region of the person: white on a mask with the aspect ratio of the image. A batch of "
+                    "masks: one per image. Not connected: the whole image.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=5.0, step=0.05,
-                    tooltip="Multiplies the Apply node's strength for this person, 0 to 5; 0 leaves the person out.",
+                    tooltip="Multiplies the strength of the Apply node for this person, 0 to 5. 0 leaves the person "
+                    "out.",
                 ),
-                types.People.Input("people", optional=True, tooltip="People so far, from another Person node."),
+                types.PeopleSocket.Input(
+                    "people", optional=True, tooltip="The people before this one, from another Person node."
+                ),
                 io.Conditioning.Input(
                     "prompt", optional=True,
-                    tooltip="What is said of this person alone; Prompts of People puts it where the mask is.",
+                    tooltip="A prompt for this person only. Prompts of People applies it inside the mask.",
                 ),
             ],
-            outputs=[types.People.Output(display_name="people")],
+            outputs=[types.PeopleSocket.Output(display_name="people")],
         )  # fmt: skip
 
     @classmethod
@@ -88,30 +95,30 @@ class MakePerson(io.ComfyNode):
         people: People | None = None,
         prompt: list[Any] | None = None,
     ) -> io.NodeOutput:
-        region = None if mask is None else regions.check(mask, identity.name)
-        return io.NodeOutput(chained(people, Person(identity, region, strength, prompt)))
+        region = None if mask is None else regions.validate_mask(mask, identity.name)
+        return io.NodeOutput(append_people(people, Person(identity, region, strength, prompt)))
 
 
-def identities_input() -> io.Autogrow.Input:
-    one = types.Identity.Input("identity", tooltip="Who, from left to right.")
-    template = io.Autogrow.TemplatePrefix(one, prefix="identity_", min=1, max=16)
+def make_identities_input() -> io.Autogrow.Input:
+    identity = types.IdentitySocket.Input("identity", tooltip="The people, from left to right.")
+    template = io.Autogrow.TemplatePrefix(identity, prefix="identity_", min=1, max=16)
     return io.Autogrow.Input("identities", template=template, tooltip="1 to 16 identities, from left to right.")
 
 
-def edge_inputs() -> list[Any]:
-    """How the regions end and meet."""
+def make_edge_inputs() -> list[Any]:
+    """Inputs for the edges and overlaps of regions, and for the people before."""
     return [
         io.Int.Input(
             "feather", default=0, min=0, max=512, step=1,
-            tooltip="Softens the regions' edges over so many pixels, 0 to 512; where a method knows only inside and "
-            "outside, half is inside.",
+            tooltip="Width of the soft edge of the regions in pixels, 0 to 512. Methods with hard regions treat 0.5 "
+            "and above as inside.",
         ),
         io.Combo.Input(
-            "overlap", options=list(regions.OVERLAPS), default="exclusive",
-            tooltip="What becomes of a place in several regions. exclusive: the nearest person's. priority: that of "
-            "the person further left. soft: shared by all.",
+            "overlap", options=list(regions.OVERLAP_RULES), default="exclusive",
+            tooltip="Who gets the area where regions overlap. exclusive: the nearest person. priority: the person "
+            "further left. soft: shared by all.",
         ),
-        types.People.Input("people", optional=True, tooltip="People so far; these are added."),
+        types.PeopleSocket.Input("people", optional=True, tooltip="Existing people. The new ones are appended."),
     ]  # fmt: skip
 
 
@@ -119,31 +126,31 @@ class PeopleFromBoxes(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         box = io.BoundingBox.Input(
-            "box", tooltip="A box drawn in ComfyUI, in pixels of this width and height.", force_input=True
+            "box", tooltip="A bounding box from another node, in pixels of this width and height.", force_input=True
         )
         return io.Schema(
             node_id="LikenessPeopleFromBoxes",
             display_name="People from Boxes",
             category="likeness/people",
-            description="Places several identities in boxes, from left to right.",
+            description="Places several identities in boxes, in order from left to right.",
             search_aliases=["regional", "layout", "several people"],
             inputs=[
-                identities_input(),
+                make_identities_input(),
                 io.String.Input(
                     "boxes", multiline=True, default="0.05, 0.1, 0.45, 0.95\n0.55, 0.1, 0.95, 0.95",
-                    tooltip="One box a line: left, top, right, bottom in parts of the picture, 0 to 1. Empty where "
-                    "boxes are connected.",
+                    tooltip="One box per line: left, top, right, bottom as fractions of the image, 0 to 1. Leave "
+                    "empty if boxes are connected.",
                 ),
-                io.Int.Input("width", default=512, tooltip="Width of the picture in pixels, 64 to 16384.", **SIZE),
-                io.Int.Input("height", default=512, tooltip="Height of the picture in pixels, 64 to 16384.", **SIZE),
-                *edge_inputs(),
+                io.Int.Input("width", default=512, tooltip="Image width in pixels, 64 to 16384.", **SIZE_LIMITS),
+                io.Int.Input("height", default=512, tooltip="Image height in pixels, 64 to 16384.", **SIZE_LIMITS),
+                *make_edge_inputs(),
                 io.Autogrow.Input(
                     "drawn", optional=True,
                     template=io.Autogrow.TemplatePrefix(box, prefix="box_", min=0, max=16),
-                    tooltip="Boxes drawn or found in ComfyUI, besides those written above.",
+                    tooltip="Bounding boxes from other nodes, in addition to those in the text.",
                 ),
             ],
-            outputs=[types.People.Output(display_name="people")],
+            outputs=[types.PeopleSocket.Output(display_name="people")],
         )  # fmt: skip
 
     @classmethod
@@ -158,10 +165,10 @@ class PeopleFromBoxes(io.ComfyNode):
         people: People | None = None,
         drawn: io.Autogrow.Type | None = None,
     ) -> io.NodeOutput:
-        written = regions.parse_boxes(boxes) * torch.tensor([width, height, width, height])
-        places = torch.cat((written, pixels(list((drawn or {}).values()))))
-        persons = laid_out(list(identities.values()), places, (height, width), feather, overlap)
-        return io.NodeOutput(chained(people, *persons))
+        typed_boxes = regions.parse_boxes(boxes) * torch.tensor([width, height, width, height])
+        all_boxes = torch.cat((typed_boxes, convert_host_boxes(list((drawn or {}).values()))))
+        persons = place_identities(list(identities.values()), all_boxes, (height, width), feather, overlap)
+        return io.NodeOutput(append_people(people, *persons))
 
 
 class PeopleFromPhoto(io.ComfyNode):
@@ -171,22 +178,23 @@ class PeopleFromPhoto(io.ComfyNode):
             node_id="LikenessPeopleFromPhoto",
             display_name="People from Photo",
             category="likeness/people",
-            description="Places several identities where a picture has its faces, from left to right: a group photo, "
-            "or a first picture without identities.",
+            description="Places several identities at the faces of a layout image, from left to right. The layout "
+            "can be a group photo or an image generated without identities.",
             search_aliases=["regional", "layout", "several people"],
             inputs=[
-                io.Image.Input("image", tooltip="Picture of the layout, of the shape of the picture to make."),
-                types.FaceAnalyzer.Input("face_analyzer", tooltip="Finds the faces."),
-                identities_input(),
+                io.Image.Input("image", tooltip="Layout image, with the aspect ratio of the image to generate."),
+                types.FaceAnalyzerSocket.Input("face_analyzer", tooltip="Detects the faces of the layout."),
+                make_identities_input(),
                 io.Float.Input(
                     "grow", default=1.6, min=0.5, max=6.0, step=0.1,
-                    tooltip="Side of a region in sides of the face's box, 0.5 to 6: 1.6 is the head, 3 its shoulders.",
+                    tooltip="Size of the region relative to the face box, 0.5 to 6. 1.6 covers the head, 3 also the "
+                    "shoulders.",
                 ),
-                *edge_inputs(),
+                *make_edge_inputs(),
             ],
             outputs=[
-                types.People.Output(display_name="people"),
-                io.Image.Output(display_name="preview", tooltip="The picture with the faces found, numbered."),
+                types.PeopleSocket.Output(display_name="people"),
+                io.Image.Output(display_name="preview", tooltip="The layout image with the faces numbered."),
             ],
         )  # fmt: skip
 
@@ -194,33 +202,34 @@ class PeopleFromPhoto(io.ComfyNode):
     def execute(
         cls,
         image: Tensor,
-        face_analyzer: types.Analyzer,
+        face_analyzer: types.FaceAnalyzerProtocol,
         identities: io.Autogrow.Type,
         grow: float,
         feather: int,
         overlap: str,
         people: People | None = None,
     ) -> io.NodeOutput:
-        wanted, picture = list(identities.values()), split([image])[0]
-        search = find_faces(picture, face_analyzer.detect)
-        largest = sorted(search.faces, key=lambda face: -face.size)[: len(wanted)]
-        if len(largest) < len(wanted):
+        identity_list, layout = list(identities.values()), split_photos([image])[0]
+        search = find_faces(layout, face_analyzer.detect)
+        largest = sorted(search.faces, key=lambda face: -face.size)[: len(identity_list)]
+        if len(largest) < len(identity_list):
             raise ValueError(
-                f"got {len(search.faces)} face(s) in the layout picture for {len(wanted)} identities (detector sizes "
-                f"tried: {', '.join(search.tried)}); expected a face each; use another picture, or People from Boxes"
+                f"got {len(search.faces)} face(s) in the layout image for {len(identity_list)} identities (detector "
+                f"sizes tried: {', '.join(search.attempts)}); expected one face per identity; use another image, or "
+                "People from Boxes"
             )
-        height, width = picture.shape[:2]
-        places = torch.stack([grown(face.box, grow) for face in largest])
-        persons = laid_out(wanted, places, (height, width), feather, overlap)
+        height, width = layout.shape[:2]
+        boxes = torch.stack([scale_box(face.box, grow) for face in largest])
+        persons = place_identities(identity_list, boxes, (height, width), feather, overlap)
         for number, face in enumerate(sorted(largest, key=lambda face: float(face.box[0] + face.box[2])), 1):
-            picture = draw.mark(picture, face, str(number), draw.CHOSEN)
-        return io.NodeOutput(chained(people, *persons), picture[None])
+            layout = drawing.draw_face(layout, face, str(number), drawing.SELECTED_COLOR)
+        return io.NodeOutput(append_people(people, *persons), layout[None])
 
 
-def grown(box: Tensor, by: float) -> Tensor:
-    """A box [4] made larger about its middle."""
-    middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * by
-    return torch.cat((middle - half, middle + half))
+def scale_box(box: Tensor, factor: float) -> Tensor:
+    """Scale a box [4] about its center."""
+    center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * factor
+    return torch.cat((center - half, center + half))
 
 
 class PreviewPeople(io.ComfyNode):
@@ -230,51 +239,60 @@ class PreviewPeople(io.ComfyNode):
             node_id="LikenessPreviewPeople",
             display_name="Preview People",
             category="likeness/people",
-            description="Shows who owns which part of the picture: first at its own size, then as layers of 8, 16, 32 "
-            "and 64 pixels a cell see it. Dark is nobody's, white several people's.",
+            description="Shows the region of each person: first at image size, then on the latent grids of the layers, "
+            "with cells of 8, 16, 32 and 64 pixels. Dark areas belong to nobody, white areas to several people.",
             search_aliases=["regional", "mask", "several people"],
             inputs=[
-                types.People.Input("people", tooltip="From Person, People from Boxes or People from Photo."),
-                io.Int.Input("width", default=512, tooltip="Width of the picture in pixels, 64 to 16384.", **SIZE),
-                io.Int.Input("height", default=512, tooltip="Height of the picture in pixels, 64 to 16384.", **SIZE),
+                types.PeopleSocket.Input("people", tooltip="From Person, People from Boxes or People from Photo."),
+                io.Int.Input("width", default=512, tooltip="Image width in pixels, 64 to 16384.", **SIZE_LIMITS),
+                io.Int.Input("height", default=512, tooltip="Image height in pixels, 64 to 16384.", **SIZE_LIMITS),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="A map for the picture and for each size of layer."),
-                io.String.Output(display_name="report", tooltip="Who is who, and what is off about a mask."),
+                io.Image.Output(display_name="image", tooltip="One map at image size and one per layer size."),
+                io.String.Output(
+                    display_name="report", tooltip="Color, strength and area of each person, and problems of the masks."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, people: People, width: int, height: int) -> io.NodeOutput:
         masks = [person.mask for person in people]
-        sizes = [(height, width), *((-(-height // cell), -(-width // cell)) for cell in CELLS)]
-        maps = [draw.ownership([None if m is None else _cells(m, h, w, i > 0) for m in masks], h, w)
+        sizes = [(height, width), *((-(-height // cell), -(-width // cell)) for cell in LAYER_DOWNSCALE_FACTORS)]
+        maps = [drawing.draw_region_map([None if m is None else _resize_mask(m, h, w, i > 0) for m in masks], h, w)
                 for i, (h, w) in enumerate(sizes)]  # fmt: skip
-        shown = [draw.enlarged(one, height, width) for one in maps]
-        return io.NodeOutput(torch.stack(shown), "\n".join(_report(people, sizes, width / height)))
+        images = torch.stack([drawing.enlarge_image(region_map, height, width) for region_map in maps])
+        return io.NodeOutput(images, "\n".join(_describe_people(people, sizes, width / height)))
 
 
-def _cells(mask: Tensor, height: int, width: int, layer: bool) -> Tensor:
-    """A region as a layer knows it, or smooth as it was drawn: [height, width], of the first picture."""
-    made = regions.inside(mask, height, width).float() if layer else regions.cover(mask, height, width)
-    return made[0].view(height, width)
+def _resize_mask(mask: Tensor, height: int, width: int, for_layer: bool) -> Tensor:
+    """The region of the first image [height, width]: hard, as a layer uses it, or soft, as it was drawn."""
+    if for_layer:
+        coverage = regions.find_inside_queries(mask, height, width).float()
+    else:
+        coverage = regions.compute_coverage(mask, height, width)
+    return coverage[0].view(height, width)
 
 
-def _report(people: People, sizes: Sequence[tuple[int, int]], aspect: float) -> list[str]:
+def _describe_people(people: People, sizes: Sequence[tuple[int, int]], aspect_ratio: float) -> list[str]:
+    """Report lines. `sizes` are (height, width) of the image and of each layer's grid."""
     lines = []
     for number, person in enumerate(people, 1):
-        mask, name = person.mask, f"{person.identity.name}, {draw.colour(number - 1)}"
+        mask, name = person.mask, f"{person.identity.name}, {drawing.get_person_color_name(number - 1)}"
         if mask is None:
-            lines.append(f"{number}: {name}, strength {person.strength:g}, everywhere")
+            lines.append(f"{number}: {name}, strength {person.strength:g}, whole image")
             continue
-        share = 100 * float(mask.mean())
-        lines.append(f"{number}: {name}, strength {person.strength:g}, {share:.1f} % of the picture")
-        off = (mask.shape[2] / mask.shape[1]) / aspect
-        if max(off, 1 / off) > regions.ASPECT:
-            lines.append(f"   the mask is {mask.shape[2]}x{mask.shape[1]} and is stretched over the picture")
-        small = [f"{w}x{h}" for h, w in sizes[1:] if regions.vanishes(mask, h, w)]
-        if small:
-            lines.append(f"   too small for half a cell at {', '.join(small)}; the cells covered most count there")
+        percentage = 100 * float(mask.mean())
+        lines.append(f"{number}: {name}, strength {person.strength:g}, {percentage:.1f} % of the image")
+        mismatch = (mask.shape[2] / mask.shape[1]) / aspect_ratio
+        if max(mismatch, 1 / mismatch) > regions.MAX_ASPECT_RATIO_MISMATCH:
+            lines.append(f"   the mask is {mask.shape[2]}x{mask.shape[1]} and is stretched to the shape of the image")
+        too_small = [f"{w}x{h}" for h, w in sizes[1:] if regions.is_region_too_small(mask, h, w)]
+        if too_small:
+            lines.append(
+                f"   the mask is too small for the layers of {', '.join(too_small)} cells; the most covered cells are "
+                "used"
+            )
     return lines
 
 
@@ -285,14 +303,15 @@ class PromptsOfPeople(io.ComfyNode):
             node_id="LikenessPromptsOfPeople",
             display_name="Prompts of People",
             category="likeness/people",
-            description="Adds to a prompt what is said of each person alone, each where the person's mask is.",
+            description="Adds the prompts of the people to a prompt, each restricted to the mask of the person.",
             search_aliases=["regional prompt"],
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="The prompt of the whole picture."),
-                types.People.Input("people", tooltip="People, some with a prompt of their own (Person)."),
+                io.Conditioning.Input("conditioning", tooltip="The prompt for the whole image."),
+                types.PeopleSocket.Input("people", tooltip="People with a prompt from Person. Others are ignored."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=10.0, step=0.05,
-                    tooltip="How much a person's prompt counts against the whole picture's, 0 to 10; 0 not at all.",
+                    tooltip="Weight of the people's prompts relative to the prompt for the whole image, 0 to 10. 0 "
+                    "disables them.",
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="conditioning")],
@@ -300,14 +319,18 @@ class PromptsOfPeople(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: list[Any], people: People, strength: float) -> io.NodeOutput:
-        own = [_masked(text, rest, person.mask, strength) for person in people for text, rest in person.prompt or ()]
-        return io.NodeOutput([*conditioning, *own] if strength else conditioning)
+        prompts = [
+            _mask_conditioning(cond, options, person.mask, strength)
+            for person in people
+            for cond, options in person.prompt or ()
+        ]
+        return io.NodeOutput([*conditioning, *prompts] if strength else conditioning)
 
 
-def _masked(text: Tensor, rest: dict[str, Any], mask: Tensor | None, strength: float) -> list[Any]:
-    """A prompt as the host confines it to a mask."""
-    where = {"strength": strength} if mask is None else {"mask": mask, "mask_strength": strength}
-    return [text, {**rest, **where, "set_area_to_bounds": False}]
+def _mask_conditioning(cond: Tensor, options: dict[str, Any], mask: Tensor | None, strength: float) -> list[Any]:
+    """A conditioning entry restricted to a mask, as ComfyUI's ConditioningSetMask does."""
+    area = {"strength": strength} if mask is None else {"mask": mask, "mask_strength": strength}
+    return [cond, {**options, **area, "set_area_to_bounds": False}]
 
 
 NODES = [MakePerson, PeopleFromBoxes, PeopleFromPhoto, PreviewPeople, PromptsOfPeople]

@@ -1,4 +1,4 @@
-"""Photos as the nodes take them: split into pictures, searched for faces, one face chosen of each."""
+"""Photos as the nodes take them: split a batch into images, detect faces, and select one face per photo."""
 
 from __future__ import annotations
 
@@ -9,116 +9,128 @@ import comfy.model_management
 import comfy.utils
 from torch import Tensor
 
-from ..likeness import faces
+from ..likeness.faces import alignment, detection, quality
+from ..likeness.identity.averaging import compute_spherical_mean
 from ..likeness.spec import Face, Identity
-from ..likeness.sphere import mean
 from . import types
 
-LEAST = 16  # pixels a side
+MIN_PHOTO_SIZE = 16  # pixels per side
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
-    """A photo [H, W, 3], the face taken of it, all faces found in it, and what to report of it."""
+class SelectedFace:
+    """A photo [H, W, 3], the face selected in it, all faces detected in it, and a line for the report."""
 
     photo: Tensor
     face: Face
-    found: tuple[Face, ...]
+    detected_faces: tuple[Face, ...]
     note: str
 
 
-def split(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Every picture of some batches as RGB [H, W, 3]. Raises ValueError on a NaN, or where one is a mere strip."""
-    pictures = [picture[..., :3].float().cpu() for batch in batches for picture in batch]
-    broken = [i + 1 for i, picture in enumerate(pictures) if not picture.isfinite().all()]
+def split_photos(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Every image of the batches as RGB [H, W, 3]. Raises ValueError on NaN or infinite pixels and on tiny images."""
+    images = [image[..., :3].float().cpu() for batch in batches for image in batch]
+    broken = [i + 1 for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
-        raise ValueError(f"got photo {broken[0]} with NaN or infinite pixels; expected 0 to 1; load the picture again")
-    strip = next((p for p in pictures if min(p.shape[:2]) < LEAST), None)
-    if strip is not None:
+        raise ValueError(f"got photo {broken[0]} with NaN or infinite pixels; expected 0 to 1; load the image again")
+    tiny = next((image for image in images if min(image.shape[:2]) < MIN_PHOTO_SIZE), None)
+    if tiny is not None:
         raise ValueError(
-            f"got a photo of {strip.shape[1]}x{strip.shape[0]} pixels; expected {LEAST} a side; use a larger photo"
+            f"got a photo of {tiny.shape[1]}x{tiny.shape[0]} pixels; expected at least {MIN_PHOTO_SIZE} per side; "
+            "use a larger photo"
         )
-    return pictures
+    return images
 
 
-def references(identity: Identity | None, analyzer: types.Analyzer) -> Tensor:
-    """An identity's vectors [n, 512] in the analyzer's network. Raises ValueError where it has none."""
-    key = None if identity is None else identity.find(analyzer.feature)
+def get_reference_embeddings(identity: Identity | None, analyzer: types.FaceAnalyzerProtocol) -> Tensor:
+    """The identity's ArcFace vectors [n, 512] of the analyzer's network. Raises ValueError if it has none."""
+    key = None if identity is None else identity.find_embedding(analyzer.feature)
     if identity is None or key is None:
         got = "no identity" if identity is None else f"identity {identity.name!r} with {', '.join(identity.embeddings)}"
         raise ValueError(
-            f"got {got}; expected one with {analyzer.feature}; connect one that was encoded with this model pack"
+            f"got {got}; expected an identity with {analyzer.feature}; connect one that was encoded with this model "
+            "pack"
         )
     return identity.embeddings[key].double()
 
 
-def target(identity: Identity | None, analyzer: types.Analyzer) -> Tensor:
-    """The direction [512] of an identity in the analyzer's network. Raises ValueError where it has none."""
-    rows = references(identity, analyzer)
+def get_unit_embedding(identity: Identity | None, analyzer: types.FaceAnalyzerProtocol) -> Tensor:
+    """The identity's mean unit embedding [512] of the analyzer's network. Raises ValueError if it has none."""
+    embeddings = get_reference_embeddings(identity, analyzer)
     assert identity is not None
-    return mean(rows, identity.weight.double())
+    return compute_spherical_mean(embeddings, identity.weight.double())
 
 
-def hash_note(identity: Identity, analyzer: types.Analyzer) -> list[str]:
-    """A warning where the identity was encoded with another file of the same network."""
-    if identity.find(analyzer.feature) == analyzer.feature.id(analyzer.sha256):
+def list_hash_warnings(identity: Identity, analyzer: types.FaceAnalyzerProtocol) -> list[str]:
+    """A warning if the identity was encoded with a different file of the same network."""
+    if identity.find_embedding(analyzer.feature) == analyzer.feature.format_encoder_id(analyzer.sha256):
         return []
     network = analyzer.feature.network
-    return [f"Warning: {identity.name} was encoded with another file of {network}; the numbers may be off."]
+    return [
+        f"Warning: {identity.name} was encoded with another file of {network}; the similarity values may be inaccurate."
+    ]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which face of a photo is wanted, and what looks for it."""
+class FaceSelector:
+    """Detects the faces of a photo and selects one. `similar_to` is needed for picking the most similar face."""
 
     pick: str
-    analyzer: types.Analyzer | None = None
+    analyzer: types.FaceAnalyzerProtocol | None = None
     nth: int = 1
-    like: Identity | None = None
+    similar_to: Identity | None = None
 
-    def take(self, photo: Tensor, number: int) -> Taken | str:
-        """The chosen face of a photo, or why there is none."""
-        if self.analyzer is None or self.pick == faces.WHOLE:
-            return Taken(photo, faces.whole(photo), (), f"photo {number}: taken whole, no face was looked for")
-        search = faces.find_faces(photo, self.analyzer.detect)
+    def select_face(self, photo: Tensor, number: int) -> SelectedFace | str:
+        """The selected face of photo `number`, or the reason why there is none."""
+        if self.analyzer is None or self.pick == detection.PICK_WHOLE_PHOTO:
+            note = f"photo {number}: used as a whole, without face detection"
+            return SelectedFace(photo, alignment.make_whole_photo_face(photo), (), note)
+        search = detection.find_faces(photo, self.analyzer.detect)
         if not search.faces:
-            return f"no face in photo {number} (detector sizes tried: {', '.join(search.tried)})"
-        index = self._index(photo, search.faces, self.analyzer)
+            return f"no face in photo {number} (detector sizes tried: {', '.join(search.attempts)})"
+        index = self._pick_index(photo, search.faces, self.analyzer)
         if not 0 <= index < len(search.faces):
-            return f"{len(search.faces)} face(s) in photo {number}, so there is no face {self.nth}"
+            return f"only {len(search.faces)} face(s) in photo {number}, but face {self.nth} was requested"
         face = search.faces[index]
         note = (
-            f"photo {number}: {len(search.faces)} face(s) at detector size {search.tried[-1]}"
-            f" (tried {len(search.tried)}), took {index + 1}: {faces.describe(photo, face)}"
+            f"photo {number}: {len(search.faces)} face(s) at detector size {search.attempts[-1]}"
+            f" (attempt {len(search.attempts)}), selected face {index + 1}: {quality.describe_face(photo, face)}"
         )
-        return Taken(photo, face, search.faces, note)
+        return SelectedFace(photo, face, search.faces, note)
 
-    def _index(self, photo: Tensor, found: Sequence[Face], analyzer: types.Analyzer) -> int:
-        if self.pick == faces.NTH:
+    def _pick_index(self, photo: Tensor, detected_faces: Sequence[Face], analyzer: types.FaceAnalyzerProtocol) -> int:
+        if self.pick == detection.PICK_NTH:
             return self.nth - 1
-        if self.pick == faces.ALIKE:
-            return faces.most_alike(photo, found, analyzer.embed, target(self.like, analyzer))
-        return faces.PICKS[self.pick](found)
+        if self.pick == detection.PICK_MOST_SIMILAR:
+            return detection.pick_most_similar_face(
+                photo, detected_faces, analyzer.embed, get_unit_embedding(self.similar_to, analyzer)
+            )
+        return detection.FACE_PICKERS[self.pick](detected_faces)
 
 
-def take_all(photos: Sequence[Tensor], choice: Choice, on_missing: str) -> tuple[list[Taken], list[str]]:
-    """The chosen face of every photo, and notes on those skipped. Raises ValueError as `on_missing` says."""
-    taken: list[Taken] = []
+def select_faces(
+    photos: Sequence[Tensor], selector: FaceSelector, on_missing: str
+) -> tuple[list[SelectedFace], list[str]]:
+    """The selected face of every photo, and a note on each skipped photo.
+
+    Raises ValueError if a photo has no such face and `on_missing` is not "skip", or if no face is left.
+    """
+    selected_faces: list[SelectedFace] = []
     skipped: list[str] = []
-    bar = comfy.utils.ProgressBar(len(photos))
+    progress_bar = comfy.utils.ProgressBar(len(photos))
     for number, photo in enumerate(photos, 1):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        one = choice.take(photo, number)
-        if isinstance(one, Taken):
-            taken.append(one)
+        result = selector.select_face(photo, number)
+        if isinstance(result, SelectedFace):
+            selected_faces.append(result)
         elif on_missing == "skip":
-            skipped.append(f"skipped: {one}")
+            skipped.append(f"skipped: {result}")
         else:
             raise ValueError(
-                f"got {one}; expected one there; use a larger or wider photo, pick 'whole photo' for a picture that is "
-                "a face crop already, or set on_missing to skip"
+                f"got {result}; use a larger or wider photo, set pick to 'whole photo' if the image is already a face "
+                "crop, or set on_missing to skip"
             )
-        bar.update(1)
-    if not taken:
-        raise ValueError(f"got no face in any photo: {'; '.join(skipped)}; expected one; use other photos")
-    return taken, skipped
+        progress_bar.update(1)
+    if not selected_faces:
+        raise ValueError(f"got no face in any photo: {'; '.join(skipped)}; expected at least one; use other photos")
+    return selected_faces, skipped

@@ -1,24 +1,35 @@
-"""The pack's nodes, gathered for the host."""
+"""Collects the pack's nodes for ComfyUI."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
 from . import attention_map, encode, evaluate, identity, measure, people, prompt, schedule
-from .attention import decoupled, fused, mixed, reference
-from .loaders import adaface, adapter, demo, face_analyzer, files, flashface, image_encoder, omni_id
-from .loaders import fused as fused_loader
+from .attention import apply_decoupled, apply_fused, apply_mixed
+from .attention.flashface import apply_reference
+from .loaders import (
+    adaface_loader,
+    adapter_loader,
+    demo_loader,
+    face_analyzer,
+    files,
+    flashface_loader,
+    fused_kv_loader,
+    image_encoder,
+    omni_id_loader,
+)
 
-STAGES = (
-    demo, face_analyzer, image_encoder, omni_id, adapter, flashface, fused_loader, adaface, encode, identity, measure,
-    evaluate, people, attention_map, decoupled, reference, fused, mixed, prompt, schedule,
+STAGE_MODULES = (
+    demo_loader, face_analyzer, image_encoder, omni_id_loader, adapter_loader, flashface_loader, fused_kv_loader,
+    adaface_loader, encode, identity, measure, evaluate, people, attention_map, apply_decoupled, apply_reference,
+    apply_fused, apply_mixed, prompt, schedule,
 )  # fmt: skip
-NODES: list[type[io.ComfyNode]] = [node for stage in STAGES for node in stage.NODES]
+NODES: list[type[io.ComfyNode]] = [node for stage in STAGE_MODULES for node in stage.NODES]
 
 
-class Likeness(ComfyExtension):
+class LikenessExtension(ComfyExtension):
     async def on_load(self) -> None:
-        files.register()
+        files.register_model_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

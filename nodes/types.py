@@ -1,4 +1,4 @@
-"""Every custom socket type of the pack, once, and what travels through those that two stages share."""
+"""All custom socket types of the pack, and the objects that pass through those that several stages share."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..likeness.arc2face import FACES
-from ..likeness.bank import MemoryBank
-from ..likeness.spec import AdapterSpec, Face, Feature, FlashFaceSpec, FusedSpec, OmniIDSpec, PrompterSpec
+from ..likeness.attention.feature_cache import ReferenceFeatureCache
+from ..likeness.methods.arc2face import FACE_FEATURES
+from ..likeness.spec import AdaFaceSpec, AdapterSpec, Face, Feature, FlashFaceSpec, FusedKVSpec, OmniIDSpec
 
-Identity = io.Custom("LIKENESS_IDENTITY")
-People = io.Custom("LIKENESS_PEOPLE")
-Adapter = io.Custom("LIKENESS_ADAPTER")
-FaceAnalyzer = io.Custom("LIKENESS_FACE_ANALYZER")
-ImageEncoder = io.Custom("LIKENESS_IMAGE_ENCODER")
-ReferenceNet = io.Custom("LIKENESS_REFERENCE_NET")
-Prompter = io.Custom("LIKENESS_PROMPTER")
-OmniID = io.Custom("LIKENESS_OMNI_ID")
+IdentitySocket = io.Custom("LIKENESS_IDENTITY")
+PeopleSocket = io.Custom("LIKENESS_PEOPLE")
+AdapterSocket = io.Custom("LIKENESS_ADAPTER")
+FaceAnalyzerSocket = io.Custom("LIKENESS_FACE_ANALYZER")
+ImageEncoderSocket = io.Custom("LIKENESS_IMAGE_ENCODER")
+ReferenceNetSocket = io.Custom("LIKENESS_REFERENCE_NET")
+PrompterSocket = io.Custom("LIKENESS_PROMPTER")
+OmniIDSocket = io.Custom("LIKENESS_OMNI_ID")
 
 
-def who_input(tooltip: str) -> io.MultiType.Input:
-    """The input by which every apply node takes one identity, or people."""
+def make_identity_input(tooltip: str) -> io.MultiType.Input:
+    """The input of every Apply node: one identity, or people."""
     return io.MultiType.Input(
-        "identity", [Identity, People],
-        tooltip=f"An identity (Encode, Load, Merge, Mix), or people with regions (Person). {tooltip}".strip(),
+        "identity", [IdentitySocket, PeopleSocket],
+        tooltip=f"An identity (Encode, Load, Merge or Mix), or people with regions (Person). {tooltip}".strip(),
     )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """What goes through LIKENESS_ADAPTER: what the file is, its weights under the host's care, its LoRA if any.
+    """Passes through LIKENESS_ADAPTER: the adapter's spec, its weights in a ModelPatcher, and its LoRA, if any.
 
-    `lora` maps `<number>.<q|k|v|out>.<down|up>` to matrices; the number is the file's own, even for self-attentions.
+    `lora` maps `<number>.<q|k|v|out>.<down|up>` to matrices, with the file's own numbers, which are even for
+    self-attentions.
     """
 
     spec: AdapterSpec
@@ -46,81 +47,81 @@ class LoadedAdapter:
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedFused:
-    """What goes through LIKENESS_ADAPTER where it is a fused KV adapter (fused.FusedAdapter).
+class LoadedFusedKV:
+    """Passes through LIKENESS_ADAPTER for a fused KV adapter (fused_kv.FusedKVAdapter).
 
-    `bank` keeps what the UNet saw of the faces, for as long as this object lives.
+    `feature_cache` holds the UNet's features of the faces for as long as this object lives.
     """
 
-    spec: FusedSpec
+    spec: FusedKVSpec
     patcher: ModelPatcher
-    bank: MemoryBank
+    feature_cache: ReferenceFeatureCache
     file: str
 
 
-INFINITE_ID = "infinite_id"
+INFINITE_ID_KIND = "infinite_id"
 
-# Method -> whether an adapter is of it, what it is called, and where one comes from.
-METHODS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+# Method -> whether an adapter belongs to it, the adapter's name in errors, how to get one.
+ADAPTER_METHODS: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
     "decoupled": (
-        lambda given: isinstance(given, LoadedAdapter) and given.spec.kind != INFINITE_ID,
-        "adapter of the IP-Adapter family", "load one from models/ipadapter",
+        lambda adapter: isinstance(adapter, LoadedAdapter) and adapter.spec.kind != INFINITE_ID_KIND,
+        "an adapter of the IP-Adapter family", "load one from models/ipadapter",
     ),
     "fused": (
-        lambda given: isinstance(given, LoadedFused),
-        "fused KV adapter", "load one from models/likeness, connect Zero-Shot Fused KV",
+        lambda adapter: isinstance(adapter, LoadedFusedKV),
+        "a fused KV adapter", "load one from models/likeness, or connect Zero-Shot Fused KV",
     ),
     "mixed": (
-        lambda given: isinstance(given, LoadedAdapter) and given.spec.kind == INFINITE_ID,
-        "Infinite-ID adapter", "load one from models/likeness",
+        lambda adapter: isinstance(adapter, LoadedAdapter) and adapter.spec.kind == INFINITE_ID_KIND,
+        "an Infinite-ID adapter", "load one from models/likeness",
     ),
 }  # fmt: skip
 
 
-def adapter_for(method: str, given: Any) -> Any:
-    """What came through the adapter socket. Raises ValueError where it is of another method than the node's."""
-    fits, what, how = METHODS[method]
-    if fits(given):
-        return given
+def check_adapter_method(method: str, adapter: Any) -> Any:
+    """Return the adapter. Raises ValueError if it belongs to another method than the node's."""
+    belongs_to_method, name, remedy = ADAPTER_METHODS[method]
+    if belongs_to_method(adapter):
+        return adapter
     raise ValueError(
-        f"got {given.file}, which is no {what}; expected one; {how}, or use the Apply Identity node of this adapter's "
-        "own method"
+        f"got {adapter.file}, which is not {name}; {remedy}, or use the Apply Identity node of this adapter's method"
     )
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedReferenceNet:
-    """What goes through LIKENESS_REFERENCE_NET: a UNet that reads the faces, under the host's care.
+    """Passes through LIKENESS_REFERENCE_NET: the UNet that reads the faces, in a ModelPatcher.
 
-    `added` holds the attention layers that read what it saw (flashface.AddedLayers); None where the model's own
-    self-attentions do. `bank` keeps what it saw, for as long as this object lives; faces have the spec's size.
+    `added_layers` are the attention layers that read its features (flashface.AddedLayers), or None if the model's own
+    self-attentions read them. `feature_cache` holds its features for as long as this object lives. Faces have the size
+    given in the spec.
     """
 
     patcher: ModelPatcher
-    added: ModelPatcher | None
-    bank: MemoryBank
+    added_layers: ModelPatcher | None
+    feature_cache: ReferenceFeatureCache
     file: str
     spec: FlashFaceSpec = FlashFaceSpec()
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedPrompter:
-    """What goes through LIKENESS_PROMPTER, under the host's care: Arc2Face's text encoder (clip_text.TextModel), and
-    the inverter (adaface.PromptInverter) with its spec, which are None where Arc2Face was loaded alone. `faces` are the
-    features that Arc2Face's encoder reads, in the order of preference."""
+    """Passes through LIKENESS_PROMPTER: Arc2Face's text encoder (clip_text.CLIPTextModel) in a ModelPatcher, and
+    AdaFace's prompt inverter (adaface.PromptInverter) with its spec, both None if only Arc2Face was loaded.
+    `face_features` are the features that Arc2Face's encoder reads, in order of preference."""
 
     arc2face: ModelPatcher
     inverter: ModelPatcher | None
-    spec: PrompterSpec | None
+    spec: AdaFaceSpec | None
     file: str
-    faces: Sequence[Feature] = FACES
+    face_features: Sequence[Feature] = FACE_FEATURES
 
 
-class Analyzer(Protocol):
-    """What goes through LIKENESS_FACE_ANALYZER. Photos are uint8 RGB [H, W, 3].
+class FaceAnalyzerProtocol(Protocol):
+    """Passes through LIKENESS_FACE_ANALYZER. Photos are uint8 RGB [H, W, 3].
 
-    `feature` names the recogniser as in encoder ids, `sha256` is its file's; `detect` sees the photo at a detector
-    size in pixels; `embed` gives a face's raw ArcFace vector [512].
+    `feature` names the recogniser as encoder ids do; `sha256` is the hash of its file. `detect` runs the detector at
+    the given input size in pixels. `embed` returns the raw ArcFace vector [512] of a face.
     """
 
     @property
@@ -134,14 +135,14 @@ class Analyzer(Protocol):
     def embed(self, photo: Tensor, face: Face) -> Tensor: ...
 
 
-class Encoder(Protocol):
-    """What goes through LIKENESS_IMAGE_ENCODER. `family`, `architecture` and `sha256` go into encoder ids.
+class ImageEncoderProtocol(Protocol):
+    """Passes through LIKENESS_IMAGE_ENCODER. `family`, `architecture` and `sha256` go into encoder ids.
 
-    `encode` takes [n, H, W, 3] in 0..1 and gives `projected` [n, E], the pooled embedding; `penultimate` [n, T, W],
-    the last block's input, and `last` [n, T, W], its output; both without the post LayerNorm, class token first.
-    EVA-CLIP gives `levels` [n, 5, T, W], too: what PuLID reads; SigLIP gives `pooled` [n, W] alone. `zero` gives the
-    same layers, n = 1, for a picture that is zero after normalisation: mid-grey; it leaves out those in whose place no
-    face is 0.
+    `encode` takes images [n, H, W, 3] in 0..1 and returns `projected` [n, E], the pooled embedding, `penultimate`
+    [n, T, W], the input of the last block, and `last` [n, T, W], its output; both without the post LayerNorm, class
+    token first. EVA-CLIP also returns `levels` [n, 5, T, W], which PuLID reads; SigLIP returns only `pooled` [n, W].
+    `encode_zero_image` returns the same layers, n = 1, for an image that is zero after normalization (mid-grey). It
+    leaves out layers for which adapters use zeros instead when there is no face.
     """
 
     @property
@@ -153,16 +154,17 @@ class Encoder(Protocol):
     @property
     def sha256(self) -> str: ...
 
-    def encode(self, pictures: Tensor) -> dict[str, Tensor]: ...
+    def encode(self, images: Tensor) -> dict[str, Tensor]: ...
 
-    def zero(self) -> dict[str, Tensor]: ...
+    def encode_zero_image(self) -> dict[str, Tensor]: ...
 
 
-class OmniEncoder(Protocol):
-    """What goes through LIKENESS_OMNI_ID. `sha256` is its file's.
+class OmniIDEncoderProtocol(Protocol):
+    """Passes through LIKENESS_OMNI_ID. `sha256` is the hash of its file.
 
-    Pictures are aligned faces [n, S, S, 3] in 0..1, S the spec's image size, no two alike, each with a weight above 0.
-    `encode` makes [1, L, C] of all of them; `maps` says how each query attends to their patches, [L, n, h, w].
+    Images are aligned faces [n, S, S, 3] in 0..1, where S is the spec's image size: no two equal, each with a weight
+    above 0. `encode` encodes them jointly to tokens [1, L, C]; `compute_attention_maps` returns the attention of each
+    query to their patches, [L, n, h, w].
     """
 
     @property
@@ -171,6 +173,6 @@ class OmniEncoder(Protocol):
     @property
     def sha256(self) -> str: ...
 
-    def encode(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...
+    def encode(self, images: Tensor, weight: Sequence[float]) -> Tensor: ...
 
-    def maps(self, pictures: Tensor, weight: Sequence[float]) -> Tensor: ...
+    def compute_attention_maps(self, images: Tensor, weight: Sequence[float]) -> Tensor: ...

@@ -1,4 +1,4 @@
-"""Brings the pack in as the package `comfyui_likeness`, and the real ComfyUI of COMFYUI_PATH, on the CPU."""
+"""Imports the pack as the package `comfyui_likeness`, and the ComfyUI of COMFYUI_PATH on the CPU; shared fixtures."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "comfyui_likeness"
+PACKAGE_NAME = "comfyui_likeness"
+
+pytest_plugins = ["support.analyzers", "support.server_fixtures"]
 
 # The pack's own `nodes` must not hide the host's `nodes.py`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def _bring_pack() -> None:
-    spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+def _import_pack() -> None:
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE_NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[PACKAGE] = module
+    sys.modules[PACKAGE_NAME] = module
     spec.loader.exec_module(module)
 
 
-def _bring_host() -> None:
+def _import_comfyui() -> None:
     host = os.environ.get("COMFYUI_PATH")
     if not host:
         raise pytest.UsageError("COMFYUI_PATH names no ComfyUI: run `python -m tools.test`, or set it")
@@ -38,8 +42,8 @@ def _bring_host() -> None:
     sys.argv = argv
 
 
-_bring_pack()
-_bring_host()
+_import_pack()
+_import_comfyui()
 
 
 def pytest_report_header() -> str:

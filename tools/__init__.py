@@ -1,1 +1,1 @@
-"""What a developer runs: bring a host, test, demonstrate. Needs nothing but Python to start."""
+"""Commands for users and developers: demo, tests, workflows. They start on a bare Python and install ComfyUI."""

@@ -1,4 +1,4 @@
-"""A real ComfyUI server with this pack as its custom node, and a small client for it."""
+"""Starts a ComfyUI server with this pack as a custom node, and a small client for it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .host import ROOT, Host, environment
+from .host import ROOT, Host, build_environment
 
-PACK = "ComfyUI-Likeness"
-LEFT_OUT = (".git", ".host", ".venv", "venv", "artifacts", "tests", "__pycache__")
-# A proxy that the environment names is not for this machine itself.
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-QUIET = ("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
+PACK_NAME = "ComfyUI-Likeness"
+COPY_EXCLUDES = (".git", ".host", ".venv", "venv", "artifacts", "tests", "__pycache__")
+# Requests to this machine must not go through a proxy of the environment.
+NO_PROXY_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+SERVER_OPTIONS = ("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
 
 
 class ServerError(RuntimeError):
-    """The server died, refused a prompt, or a node raised. `details` is what it answered."""
+    """The server died, rejected a prompt, or a node raised. `details` is the server's answer."""
 
     def __init__(self, message: str, details: Any = None) -> None:
         super().__init__(message)
@@ -34,46 +34,49 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    """A running server. Paths of `base` are on this machine; `url` is where a browser finds it."""
+    """A running server. `url` is its address; models, inputs and custom nodes are in `base_directory`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, base: Path, output: Path, log: Path) -> None:
-        self.process, self.base, self.output, self.log = process, base, output, log
+    def __init__(
+        self, process: subprocess.Popen[bytes], port: int, base_directory: Path, output_directory: Path, log_file: Path
+    ) -> None:
+        self.process, self.log_file = process, log_file
+        self.base_directory, self.output_directory = base_directory, output_directory
         self.url = f"http://127.0.0.1:{port}"
 
-    def get(self, path: str) -> Any:
+    def get_json(self, path: str) -> Any:
         """The JSON at `path`, such as `/system_stats`."""
-        return self._answer(urllib.request.Request(self.url + path))
+        return self._request_json(urllib.request.Request(self.url + path))
 
-    def post(self, path: str, data: object) -> Any:
-        """What the server answers to JSON at `path`. Raises ServerError where it refuses."""
+    def post_json(self, path: str, data: object) -> Any:
+        """Post JSON to `path`; the answer. Raises ServerError if the server rejects it."""
         body = json.dumps(data).encode()
-        return self._answer(urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"}))
+        return self._request_json(urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"}))
 
-    def object_info(self) -> dict[str, Any]:
-        """Every node that the server knows: id -> inputs, outputs, texts."""
-        return self.get("/object_info")
+    def get_object_info(self) -> dict[str, Any]:
+        """The definitions of all nodes: id -> inputs, outputs, texts."""
+        return self.get_json("/object_info")
 
-    def submit(self, prompt: dict[str, Any]) -> str:
-        """Queue an API prompt; its id. Raises ServerError with the nodes' errors where it is not valid."""
-        answer = self.post("/prompt", {"prompt": prompt})
-        if answer.get("node_errors"):  # the server runs the outputs that are valid, and says so nowhere else
-            raise ServerError("the server refused a part of the prompt", answer["node_errors"])
+    def queue_prompt(self, prompt: dict[str, Any]) -> str:
+        """Queue an API prompt; its id. Raises ServerError with the nodes' errors if it is not valid."""
+        answer = self.post_json("/prompt", {"prompt": prompt})
+        if answer.get("node_errors"):  # the server queues the valid outputs all the same
+            raise ServerError("the server rejected a part of the prompt", answer["node_errors"])
         return answer["prompt_id"]
 
-    def wait(self, prompt_id: str, timeout: float = 1800) -> dict[str, Any]:
-        """The history entry of a queued prompt once it is done, however it ended."""
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            self.check()
-            history = self.get(f"/history/{prompt_id}")
+    def wait_for_prompt(self, prompt_id: str, timeout: float = 1800) -> dict[str, Any]:
+        """Wait until a queued prompt has ended, with or without an error; its history entry."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            self.check_alive()
+            history = self.get_json(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]
             time.sleep(0.1)
-        raise ServerError(f"the prompt did not end within {timeout:g} s\n{self.tail()}")
+        raise ServerError(f"the prompt did not finish within {timeout:g} s\n{self.read_log_tail()}")
 
-    def queue(self, prompt: dict[str, Any], timeout: float = 1800) -> dict[str, Any]:
-        """Run an API prompt; its history entry. Raises ServerError where it is refused, fails or is interrupted."""
-        entry = self.wait(self.submit(prompt), timeout)
+    def run_prompt(self, prompt: dict[str, Any], timeout: float = 1800) -> dict[str, Any]:
+        """Run an API prompt; its history entry. Raises ServerError if it is rejected, fails or is interrupted."""
+        entry = self.wait_for_prompt(self.queue_prompt(prompt), timeout)
         for kind, message in entry["status"]["messages"]:
             if kind == "execution_error":
                 node = f"node {message['node_id']} ({message['node_type']})"
@@ -82,111 +85,119 @@ class Server:
                 raise ServerError("the prompt was interrupted", message)
         return entry
 
-    def files(self, entry: dict[str, Any]) -> list[Path]:
-        """The files that a history entry's nodes wrote, previews included, in the order of the nodes."""
-        roots = {"output": self.output, "temp": self.base / "temp", "input": self.base / "input"}
-        found = []
+    def list_output_files(self, entry: dict[str, Any]) -> list[Path]:
+        """The files that the nodes of a history entry wrote, including previews, in the order of the nodes."""
+        roots = {
+            "output": self.output_directory,
+            "temp": self.base_directory / "temp",
+            "input": self.base_directory / "input",
+        }
+        files = []
         for result in entry["outputs"].values():
             for items in result.values():
                 for item in items if isinstance(items, list) else ():
                     if isinstance(item, dict) and item.get("type") in roots and "filename" in item:
-                        found.append(roots[item["type"]] / item.get("subfolder", "") / item["filename"])
-        return found
+                        files.append(roots[item["type"]] / item.get("subfolder", "") / item["filename"])
+        return files
 
     def upload_image(self, file: Path, name: str | None = None) -> str:
-        """Put a picture among the server's inputs, over one of the same name; the name that LoadImage takes."""
-        mark = uuid.uuid4().hex
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="'
-        picture = f'{head}image"; filename="{name or file.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        end = f'\r\n{head}overwrite"\r\n\r\ntrue\r\n--{mark}--\r\n'
-        body = picture.encode() + file.read_bytes() + end.encode()
-        kind = {"Content-Type": f"multipart/form-data; boundary={mark}"}
-        return self._answer(urllib.request.Request(f"{self.url}/upload/image", body, kind))["name"]
+        """Upload an image to the input folder, replacing one of the same name; the name for LoadImage."""
+        boundary = uuid.uuid4().hex
+        field = f'--{boundary}\r\nContent-Disposition: form-data; name="'
+        start = f'{field}image"; filename="{name or file.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
+        end = f'\r\n{field}overwrite"\r\n\r\ntrue\r\n--{boundary}--\r\n'
+        body = start.encode() + file.read_bytes() + end.encode()
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        return self._request_json(urllib.request.Request(f"{self.url}/upload/image", body, headers))["name"]
 
-    def interrupt(self) -> None:
-        """Stop the prompt that runs now."""
-        self.post("/interrupt", {})
+    def interrupt_prompt(self) -> None:
+        """Interrupt the running prompt."""
+        self.post_json("/interrupt", {})
 
-    def check(self) -> None:
-        """Raises ServerError with the end of the log where the server has died."""
+    def check_alive(self) -> None:
+        """Raises ServerError with the end of the log if the server has exited."""
         if self.process.poll() is not None:
-            raise ServerError(f"the server ended with code {self.process.returncode}; its log says\n{self.tail()}")
+            raise ServerError(
+                f"the server exited with code {self.process.returncode}; the end of its log:\n{self.read_log_tail()}"
+            )
 
-    def tail(self, lines: int = 40) -> str:
+    def read_log_tail(self, lines: int = 40) -> str:
         """The last lines of the server's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(self.log_file.read_text(errors="replace").splitlines()[-lines:])
 
-    def _answer(self, request: urllib.request.Request) -> Any:
+    def _request_json(self, request: urllib.request.Request) -> Any:
         try:
-            with DIRECT.open(request, timeout=600) as answer:
+            with NO_PROXY_OPENER.open(request, timeout=600) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             details = json.loads(text) if text.startswith("{") else text
-            raise ServerError(f"{request.selector}: {error.code}: {explain(details)}", details) from error
+            raise ServerError(f"{request.selector}: {error.code}: {format_prompt_errors(details)}", details) from error
         except OSError as error:
-            self.check()
+            self.check_alive()
             raise ServerError(f"{request.selector}: {error}") from error
 
 
-def explain(details: Any) -> str:
-    """A refused prompt's errors as lines: node, its class, what is wrong."""
+def format_prompt_errors(details: Any) -> str:
+    """The errors of a rejected prompt as lines: node, class, message."""
     if not isinstance(details, dict) or "node_errors" not in details:
         return str(details)
-    lines = [str((details.get("error") or {}).get("message", "refused"))]
-    for node, found in (details["node_errors"] or {}).items():
-        lines += [
-            f"  node {node} ({found['class_type']}): {one['message']}: {one['details']}" for one in found["errors"]
-        ]
+    lines = [str((details.get("error") or {}).get("message", "rejected"))]
+    for node, problem in (details["node_errors"] or {}).items():
+        label = f"node {node} ({problem['class_type']})"
+        lines += [f"  {label}: {error['message']}: {error['details']}" for error in problem["errors"]]
     return "\n".join(lines)
 
 
 @contextmanager
-def serve(
+def start_server(
     host: Host,
-    base: Path,
+    base_directory: Path,
     *,
     cpu: bool = True,
-    output: Path | None = None,
+    output_directory: Path | None = None,
     options: Sequence[str] = (),
     timeout: float = 300,
 ) -> Iterator[Server]:
-    """Start a server whose models, inputs, outputs and custom nodes are under `base`; it ends with the block.
+    """A running server whose models, inputs, outputs and custom nodes are in the base directory; a context manager.
 
-    Raises ServerError with the end of its log (`base/server.log`) where it dies or does not answer in `timeout` s.
+    Raises ServerError with the end of its log (server.log) if it exits or does not answer within `timeout` seconds.
     """
-    base, output = base.resolve(), (output or base / "output").resolve()
-    for folder in (base / "custom_nodes", base / "input", base / "models", output):
+    base_directory = base_directory.resolve()
+    output_directory = (output_directory or base_directory / "output").resolve()
+    for folder in (*(base_directory / name for name in ("custom_nodes", "input", "models")), output_directory):
         folder.mkdir(parents=True, exist_ok=True)
-    link_pack(base / "custom_nodes" / PACK)
-    port, log = free_port(), base / "server.log"
-    words = [host.python, "main.py", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", base]
-    words += ["--output-directory", output, *(["--cpu"] if cpu else []), *QUIET, *options]
+    link_pack(base_directory / "custom_nodes" / PACK_NAME)
+    port, log = find_free_port(), base_directory / "server.log"
+    command = [host.python, "main.py", "--listen", "127.0.0.1", "--port", str(port), "--base-directory", base_directory]
+    command += ["--output-directory", output_directory, *(["--cpu"] if cpu else []), *SERVER_OPTIONS, *options]
     with log.open("wb") as out:
-        process = subprocess.Popen(words, cwd=host.path, env=environment(host), stdout=out, stderr=subprocess.STDOUT)
-    server = Server(process, port, base, output, log)
+        process = subprocess.Popen(
+            command, cwd=host.path, env=build_environment(host), stdout=out, stderr=subprocess.STDOUT
+        )
+    server = Server(process, port, base_directory, output_directory, log)
     try:
-        _await(server, timeout)
+        _wait_until_ready(server, timeout)
         yield server
     finally:
-        stop(process)
+        stop_process(process)
 
 
-def _await(server: Server, timeout: float) -> None:
-    end = time.monotonic() + timeout
+def _wait_until_ready(server: Server, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     while True:
-        server.check()
+        server.check_alive()
         try:
-            server.get("/system_stats")
+            server.get_json("/system_stats")
             return
         except ServerError:
-            if time.monotonic() > end:
-                raise ServerError(f"the server did not answer within {timeout:g} s\n{server.tail()}") from None
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server did not answer within {timeout:g} s\n{server.read_log_tail()}") from None
             time.sleep(0.3)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end; kill it where it does not."""
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process; kill it if it does not exit."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -197,7 +208,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def link_pack(link: Path) -> None:
-    """Show this repository to the server as a custom node: a link, or a copy where links are not allowed."""
+    """Link this repository as a custom node; copy it if links are not permitted."""
     if link.is_symlink():
         link.unlink()
     elif link.exists():
@@ -205,10 +216,10 @@ def link_pack(link: Path) -> None:
     try:
         os.symlink(ROOT, link, target_is_directory=True)
     except OSError:
-        shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(*COPY_EXCLUDES))
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

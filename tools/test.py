@@ -1,4 +1,4 @@
-"""`python -m tools.test [pytest arguments]`: brings a host and tests in its Python; pytest's exit code."""
+"""`python -m tools.test [pytest arguments]`: installs a ComfyUI if needed and runs the tests in its Python."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import sys
 
 from . import host
 
-COVERAGE = ("--cov=likeness", "--cov-report=term-missing:skip-covered", "--cov-fail-under=95")
-SELECTING = ("-k", "-m", "-h", "--help", "--lf", "--last-failed", "--sw", "--stepwise", "--co", "--des", "--ign")
+COVERAGE_OPTIONS = ("--cov=likeness", "--cov-report=term-missing:skip-covered", "--cov-fail-under=95")
+SELECTING_OPTIONS = (
+    "-k", "-m", "-h", "--help", "--lf", "--last-failed", "--sw", "--stepwise", "--co", "--des", "--ign",
+)  # fmt: skip
 
 
-def whole(arguments: list[str]) -> bool:
-    """Whether pytest arguments leave the whole suite to run: no path and nothing that selects tests."""
-    return all(word.startswith("-") and not word.startswith(SELECTING) for word in arguments)
+def is_whole_suite(arguments: list[str]) -> bool:
+    """Whether the pytest arguments select all tests: no path and no selecting option."""
+    return all(word.startswith("-") and not word.startswith(SELECTING_OPTIONS) for word in arguments)
 
 
-def work(arguments: list[str]) -> int:
-    if host.browser() is None:
+def main(arguments: list[str]) -> int:
+    if host.find_chromium() is None:
         if os.environ.get("LIKENESS_BROWSER") == "required":
-            raise host.HostError("LIKENESS_BROWSER=required, but there is no Chromium; install it")
-        host.say("no Chromium was found: the browser tests are left out (install chromium, or set LIKENESS_CHROMIUM)")
-    found = host.bring(needs=host.TEST_MODULES)
-    host.say(f"testing on {found.path}")
-    words = [found.python, "-m", "pytest", *(COVERAGE if whole(arguments) else ()), *arguments]
-    return subprocess.run(words, cwd=host.ROOT, env=host.environment(found)).returncode
+            raise host.HostError(
+                "LIKENESS_BROWSER=required, but no Chromium was found; install chromium, or set LIKENESS_CHROMIUM"
+            )
+        host.print_status(
+            "no Chromium was found: browser tests are skipped (install chromium, or set LIKENESS_CHROMIUM)"
+        )
+    comfyui = host.prepare_host(required_modules=host.TEST_MODULES)
+    host.print_status(f"testing on {comfyui.path}")
+    command = [comfyui.python, "-m", "pytest", *(COVERAGE_OPTIONS if is_whole_suite(arguments) else ()), *arguments]
+    return subprocess.run(command, cwd=host.ROOT, env=host.build_environment(comfyui)).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(host.main(work))
+    sys.exit(host.run_tool(main))

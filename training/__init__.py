@@ -1,1 +1,1 @@
-"""Portrait World and what is trained on it: `python -m training WHAT --config FILE`, on the host's own modules."""
+"""Training of adapters and base models: `python -m training TASK --config FILE`."""

@@ -1,7 +1,7 @@
-"""`python -m training WHAT --config FILE`: trains, in the host's Python; see run.py for its arguments.
+"""`python -m training TASK --config FILE` trains in ComfyUI's Python; see train.py for the arguments.
 
-With several devices or machines start the worker itself, in the host's Python and with COMFYUI_PATH set:
-`torchrun --nproc-per-node 8 -m training.run WHAT ...`. All machines need the run's folder.
+For several devices or machines, start the worker in ComfyUI's Python with COMFYUI_PATH set:
+`torchrun --nproc-per-node 8 -m training.train TASK --config FILE`. All machines need access to the run's folder.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import sys
 
 from tools import host
 
-NEEDS = (*host.RUNTIME_MODULES, "accelerate", "tensorboard", "onnx")
+REQUIRED_MODULES = (*host.RUNTIME_MODULES, "accelerate", "tensorboard", "onnx")
 
 
-def work(arguments: list[str]) -> int:
-    return host.start("training.run", arguments, NEEDS)
+def run_train_worker(arguments: list[str]) -> int:
+    return host.run_module("training.train", arguments, REQUIRED_MODULES)
 
 
 if __name__ == "__main__":
-    sys.exit(host.main(work))
+    sys.exit(host.run_tool(run_train_worker))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: all that a step depends on, but for the chance, which follows from the seed and the step."""
+"""Checkpoints of a run: the whole training state except random numbers, which follow from the seed and the step."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any
 
 import torch
 
-PATTERN = "step-{:08d}.pt"
+CHECKPOINT_NAME = "step-{:08d}.pt"
 
 
-def find(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder."""
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder."""
     return max(folder.glob("step-*.pt"), default=None)
 
 
-def write(folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint whole or not at all, and remove all but the `keep` newest."""
+def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep_newest: int) -> Path:
+    """Write a checkpoint atomically and delete all but the `keep_newest` newest."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PATTERN.format(step)
+    path = folder / CHECKPOINT_NAME.format(step)
     part = folder / f".part.{path.name}"
     torch.save({"step": step, **state}, part)
     os.replace(part, path)
-    for old in sorted(folder.glob("step-*.pt"))[:-keep]:
+    for old in sorted(folder.glob("step-*.pt"))[:-keep_newest]:
         old.unlink()
     return path
 
 
-def read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint, on the CPU. Raises ValueError where its run had other settings than these."""
+def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint to the CPU. Raises ValueError if its run had settings other than these."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"got {path}, which cannot be read ({why}); expected a checkpoint; remove it") from error
-    told = state["settings"]
-    other = [
-        f"{key} = {told.get(key)!r} instead of {settings.get(key)!r}"
-        for key in sorted({*told, *settings})
-        if told.get(key) != settings.get(key)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"got {path}, which cannot be read ({reason}); expected a checkpoint; remove it") from error
+    saved = state["settings"]
+    differences = [
+        f"{key} = {saved.get(key)!r} instead of {settings.get(key)!r}"
+        for key in sorted({*saved, *settings})
+        if saved.get(key) != settings.get(key)
     ]
-    if other:
+    if differences:
         raise ValueError(
-            f"got {path} of a run with {', '.join(other)}; expected the config's own settings; "
-            "give the other run another folder"
+            f"got {path} of a run with {', '.join(differences)}; expected the config's own settings; "
+            "use another folder for the new run"
         )
     return state

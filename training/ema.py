@@ -1,4 +1,4 @@
-"""The exponential moving average of a module's weights: what is drawn from, and saved."""
+"""Exponential moving average of a module's weights, used for samples and saved files."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import torch
 from torch import Tensor, nn
 
 
-class Ema:
-    """Averages in float32 of all trained parameters and of floating-point buffers.
+class EMA:
+    """Averages of all trained parameters and floating-point buffers, in float32.
 
-    The decay at step n is at most (1 + n) / (10 + n), so that the first weights are soon forgotten.
+    The decay at step n is at most (1 + n) / (10 + n), so that the initial weights are soon forgotten.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.average = {key: value.detach().float().clone() for key, value in averaged(module).items()}
+        self.average = {key: value.detach().float().clone() for key, value in list_averaged_tensors(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in averaged(module).items():
+        for key, value in list_averaged_tensors(module).items():
             self.average[key].lerp_(value.float(), 1 - decay)
 
     @contextlib.contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module has the averages for weights, and evaluates; afterwards it is as it was."""
-        training = module.training
-        now = averaged(module)
-        kept = {key: value.detach().clone() for key, value in now.items()}
-        self._write(now, self.average)
+    def average_parameters(self, module: nn.Module) -> Iterator[None]:
+        """Inside the context the module has the averaged weights and is in evaluation mode."""
+        was_training = module.training
+        current = list_averaged_tensors(module)
+        backup = {key: value.detach().clone() for key, value in current.items()}
+        self._copy_into(current, self.average)
         module.eval()
         try:
             yield
         finally:
-            self._write(averaged(module), kept)
-            module.train(training)
+            self._copy_into(list_averaged_tensors(module), backup)
+            module.train(was_training)
 
     @staticmethod
     @torch.no_grad()
-    def _write(into: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-        for key, value in into.items():
+    def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        for key, value in targets.items():
             value.copy_(values[key])
 
 
-def averaged(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors themselves that have an average, by name."""
+def list_averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's tensors that are averaged, by name; no copies."""
     trained = {key: value for key, value in module.named_parameters() if value.requires_grad}
     return trained | {key: value for key, value in module.named_buffers() if value.is_floating_point()}

@@ -1,4 +1,4 @@
-"""What the loop trains: a module that knows its data, its losses, how to show itself and what file it becomes."""
+"""What the trainer trains: a module that makes its batches, computes its losses and samples, and saves its files."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ Batch = dict[str, Any]
 
 
 class Task(nn.Module):
-    """Called with a batch it gives its losses by name; their sum is what falls.
+    """`forward` returns a batch's losses by name; their sum is minimized.
 
-    All chance comes from the generator that `batch` gets, on the CPU: a step is the same step on any machine, and
-    whether or not the run was broken off before it. `batch` runs in workers and must not touch a device.
+    All randomness comes from the CPU generator that `make_batch` gets, so a step is the same on any machine and after
+    an interruption. `make_batch` runs in data loader workers and must not use a device.
     """
 
     @abstractmethod
-    def batch(self, chance: Generator, size: int) -> Batch:
-        """What one step reads: tensors on the CPU, numbers and texts."""
+    def make_batch(self, generator: Generator, batch_size: int) -> Batch:
+        """The inputs of one step: tensors on the CPU, numbers and texts."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
-    def share(self, name: str) -> float:
-        """What part of a run's rate the parameter of that name learns at."""
+    def learning_rate_scale(self, name: str) -> float:
+        """The factor on the learning rate of the parameter `name`."""
         return 1.0
 
     @abstractmethod
-    def draw(self, chance: Generator) -> dict[str, Tensor]:
-        """What shows how far it is, by name: numbers [] and pictures [H, W, 3] from 0 to 1."""
+    def make_samples(self, generator: Generator) -> dict[str, Tensor]:
+        """Samples that show the progress, by name: scalars [] and images [H, W, 3] from 0 to 1."""
 
     @abstractmethod
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        """Write the files that the host or the pack reads; `notes` say how they were trained."""
+    def save_model(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        """Write the files that ComfyUI or the pack loads; the training `notes` go into their metadata."""
 
 
-def chance(*numbers: int) -> Generator:
-    """A generator of its own for each tuple of numbers, such as (seed, step, process)."""
+def make_generator(*numbers: int) -> Generator:
+    """An independent generator for each tuple of numbers, such as (seed, step, process)."""
     digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def start(module: nn.Module, seed: int, gain: float = 1.0, silent: Iterable[str] = ()) -> None:
-    """First weights for a module of the host, which leaves them undefined: normal by fan-in, norms 1, biases 0.
+def init_weights(module: nn.Module, seed: int, gain: float = 1.0, zero_init: Iterable[str] = ()) -> None:
+    """Initialize a ComfyUI module, which leaves its weights undefined: normal by fan-in, norms 1, biases 0.
 
-    Parameters whose names end with one of `silent` begin at 0, so that what they belong to begins as the identity.
+    Parameters whose names end with one of `zero_init` start at 0, so that their residual branch starts as the identity.
     """
-    generator = chance(seed)
-    endings = tuple(silent)
+    generator = make_generator(seed)
+    endings = tuple(zero_init)
     for name, value in module.named_parameters():
         with torch.no_grad():
             if value.is_meta:

@@ -1,1 +1,1 @@
-"""Patch nodes: each adds one method to a MODEL."""
+"""Apply nodes, which patch a MODEL, and the patching mechanism that they share."""

@@ -1,4 +1,4 @@
-"""What an apply node adds to a model, in the terms of this pack: places, windows, calls, branches, injections."""
+"""What an apply node adds to a model: patch places, sigma windows, model calls, guidance branches, injections."""
 
 from __future__ import annotations
 
@@ -6,219 +6,230 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness.blocks import Block
+from ...likeness.attention.grouped_attention import KeyValueBlock
 
-OUTPUT = "attn1_output"
-ATTENDED = "likeness_attended"
-GIVEN = "likeness_given"  # in a layer's options: what its attention gave, ahead of all terms
-KEYS = "likeness_keys"  # in a layer's options: the keys and values that it reads, of all rows
-WHOLE = "likeness_whole"  # in a layer's options: height and width of the latent, where a guider tells
-HERE = "likeness_here"  # in a layer's options: height and width of the latent that the model sees
+ATTN1_OUTPUT = "attn1_output"
+# Keys in the transformer_options of a layer.
+PROJECTED_OUTPUT_OPTION = "likeness_projected_output"  # output of a self-attention behind its projection
+ATTENTION_OUTPUT_OPTION = "likeness_attention_output"  # output of an attention, before any term
+KEYS_VALUES_OPTION = "likeness_keys_values"  # keys and values that the attention reads, of all rows
+FULL_LATENT_SIZE_OPTION = "likeness_full_latent_size"  # height and width of the latent, if a guider sets it
+LATENT_SIZE_OPTION = "likeness_latent_size"  # height and width of the latent that the model gets
 
-TEXT_ROLE = "text of "  # how the role of a text stream's chunk begins; its prompt's name follows
+TEXT_STREAM_ROLE_PREFIX = "text of "  # a text stream's role is this and the name of its prompt
 
-Blocks = tuple[Block, ...]
+KeyValueBlocks = tuple[KeyValueBlock, ...]
+State = TypeVar("State")
 
 
 @dataclass(frozen=True)
-class Place:
-    """One place of a model: its name, the host's block ("input", 4), its depth, and if others follow.
+class PatchPlace:
+    """A place in a model where an injection acts.
 
-    At "attn1" and "attn2" a term is added to what the attention gives, ahead of the layer's own output projection; at
-    OUTPUT to what a self-attention gives behind it.
-    FLUX has places of its own (dit.py).
+    `block` is ComfyUI's name of the block, ("input", 4); `depth` is the index of the transformer block in it, and
+    `is_multi_block` says whether it has several. At "attn1" and "attn2" a term is added to the attention's output
+    before the output projection, at ATTN1_OUTPUT behind it. The places of FLUX are in flux_terms.py.
     """
 
     name: str
     block: tuple[str, int]
     depth: int = 0
-    deep: bool = False
+    is_multi_block: bool = False
 
     @property
-    def key(self) -> tuple[str | int, ...]:
-        """Where packs register a patch for it: with the depth only where there are several."""
-        return (*self.block, self.depth) if self.deep else self.block
+    def patch_key(self) -> tuple[str | int, ...]:
+        """The key under which packs register a patch: with the depth only if the block has several."""
+        return (*self.block, self.depth) if self.is_multi_block else self.block
 
 
 @dataclass(frozen=True)
-class Window:
-    """When an injection is on: `end` < sigma <= `start`, so that windows that touch never overlap."""
+class SigmaWindow:
+    """When an injection is on: `end_sigma` < sigma <= `start_sigma`, so adjacent windows never overlap."""
 
-    start: float
-    end: float
+    start_sigma: float
+    end_sigma: float
 
     @classmethod
-    def of(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> Window:
+    def from_percents(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> SigmaWindow:
         sampling: Any = model.get_model_object("model_sampling")
         start = sampling.percent_to_sigma(start_percent) if start_percent > 0.0 else math.inf
         end = sampling.percent_to_sigma(end_percent) if end_percent < 1.0 else -1.0  # the very last sigma may be 0
         return cls(float(start), float(end))
 
     @property
-    def whole(self) -> bool:
-        """Whether it covers every sampling."""
-        return self.start == math.inf and self.end < 0
+    def is_full(self) -> bool:
+        """Whether it contains every sigma."""
+        return self.start_sigma == math.inf and self.end_sigma < 0
 
-    def inside(self, sigma: float) -> bool:
-        return self.end < sigma <= self.start
+    def contains(self, sigma: float) -> bool:
+        return self.end_sigma < sigma <= self.start_sigma
 
-    def gate(self, sigma: Tensor | None) -> Tensor | bool:
-        """On or off. Where the sigma lies on an accelerator: a factor 0 or 1 there, as asking for it would wait."""
-        if sigma is None or self.whole:
+    def compute_gate(self, sigma: Tensor | None) -> Tensor | bool:
+        """On or off. If sigma is on an accelerator: a factor of 0 or 1 there, as reading it would force a sync."""
+        if sigma is None or self.is_full:
             return True
         first = sigma.flatten()[0]
-        inside = (first > self.end) & (first <= self.start)
+        inside = (first > self.end_sigma) & (first <= self.start_sigma)
         return bool(inside) if sigma.device.type == "cpu" else inside
 
 
-ALWAYS = Window(math.inf, -1.0)
+FULL_WINDOW = SigmaWindow(math.inf, -1.0)
 
 
-def window_inputs() -> list[io.Float.Input]:
-    """The two inputs by which every apply node is told its window."""
+def make_window_inputs() -> list[io.Float.Input]:
+    """The start_percent and end_percent inputs of every apply node."""
     return [
         io.Float.Input(
             "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-            tooltip="Part of the sampling, 0 to 1, after which it sets in.",
+            tooltip="Part of the sampling after which the identity is applied, 0 to 1.",
         ),
         io.Float.Input(
             "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-            tooltip="Part of the sampling, 0 to 1, at which it ends.",
+            tooltip="Part of the sampling after which the identity is no longer applied, 0 to 1.",
         ),
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the model, as an injection needs to know it.
+class ModelCall:
+    """One call of the diffusion model, as injections see it.
 
-    The rows are `len(roles)` chunks of `rows` each; a role is the guider's name of the chunk's prompt, "positive", or
-    the name of a branch, or that of a text stream. `timesteps` [B] is what the UNet sees, `sigma` the noise where
-    anything is stepwise, `text` [1, T, C] the negative prompt where the guider has one.
+    The batch is `len(roles)` chunks of `rows_per_chunk` rows. A role is the guider's name of the chunk's prompt
+    ("positive"), the name of a guidance branch, or that of a text stream. `timesteps` [B] is the UNet's input; `sigma`
+    is set if any injection needs it; `negative_text` [1, T, C] if the guider has a negative prompt.
     """
 
     roles: tuple[str, ...]
-    rows: int
+    rows_per_chunk: int
     dtype: torch.dtype
     device: torch.device
     timesteps: Tensor = field(compare=False)
     sigma: float | None = field(compare=False)
-    text: Tensor | None = field(compare=False)
+    negative_text: Tensor | None = field(compare=False)
 
     @property
-    def conditional(self) -> tuple[bool, ...]:
-        """Which chunks carry the identity: all but the negative prompts' and the text streams'."""
-        return tuple("negative" not in role and not self.is_text(role) for role in self.roles)
+    def is_conditional(self) -> tuple[bool, ...]:
+        """For each chunk, whether it gets the identity: all but negative prompts and text streams."""
+        return tuple("negative" not in role and not self.is_text_stream(role) for role in self.roles)
 
     @staticmethod
-    def is_text(role: str) -> bool:
-        """Whether a chunk is a text stream, behind the picture's chunk of the same prompt."""
-        return role.startswith(TEXT_ROLE)
+    def is_text_stream(role: str) -> bool:
+        """Whether a chunk is a text stream. It follows the image's chunk of the same prompt."""
+        return role.startswith(TEXT_STREAM_ROLE_PREFIX)
 
 
 @dataclass(frozen=True)
-class Branch:
-    """Rows of the positive prompt beside the guider's own, for guidance that the guider does not know.
+class GuidanceBranch:
+    """Further rows of the positive prompt, for guidance that ComfyUI's guiders do not have.
 
-    While `launch` is on, the rows run under the role `name`, and `scale` times their distance from the positive
-    prompt's prediction is added to the guider's. While `window` is on, the sum is rescaled by `rescale`.
+    Inside `launch_window`, the rows run with the role `name`, and `scale` times the difference between their
+    prediction and the positive prompt's is added to the guider's result. Inside `window`, the result is rescaled by
+    `rescale`.
     """
 
     name: str
     scale: float
     rescale: float
-    window: Window
-    launch: Window
+    window: SigmaWindow
+    launch_window: SigmaWindow
 
 
-class Bank:
-    """What an injection computed once and reads at every step: the few last, gone when the run ends."""
+class RunCache:
+    """What an injection keeps during a sampling run: the last few results, and one state. Emptied when the run ends."""
 
-    LIMIT = 16
+    MAX_ENTRIES = 16
 
     def __init__(self) -> None:
-        self._kept: dict[Hashable, Any] = {}
+        self._entries: dict[Hashable, Any] = {}
+        self._state: Any = None
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        kept = self._kept.pop(key, None)
-        self._kept[key] = make() if kept is None else kept
-        if len(self._kept) > self.LIMIT:
-            self._kept.pop(next(iter(self._kept)))
-        return self._kept[key]
+    def get_or_compute(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        cached = self._entries.pop(key, None)
+        self._entries[key] = compute() if cached is None else cached
+        if len(self._entries) > self.MAX_ENTRIES:
+            self._entries.pop(next(iter(self._entries)))
+        return self._entries[key]
+
+    def get_state(self, state_class: Callable[[], State]) -> State:
+        """The injection's mutable state of this run, made at the first use. It is never evicted."""
+        if self._state is None:
+            self._state = state_class()
+        return self._state
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._entries.clear()
+        self._state = None
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries) + (self._state is not None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Bank:
-        return self  # hosts that deep-copy a model's options must not copy tensors with them
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunCache:
+        return self  # ComfyUI versions that deep-copy model_options must not copy tensors with them
 
 
 class Injection(ABC):
-    """An adapter bound to an identity, a Term or an Extension: what an apply node adds to a model.
+    """An adapter bound to an identity, as an AttentionTerm or a KeyValueExtension: what an apply node adds to a model.
 
-    Immutable but for its bank. `window` says when it is on, `bank` is what it keeps during a run.
+    Immutable except for `run_cache`. It is on inside `window`.
     """
 
-    window: Window
-    bank: Bank
+    window: SigmaWindow
+    run_cache: RunCache
 
     @property
-    def stepwise(self) -> bool:
-        """Whether it needs the noise level as a number, for which a step waits for the device once."""
+    def needs_sigma(self) -> bool:
+        """Whether it needs sigma as a number, which costs one device sync per step."""
         return False
 
     @property
-    def intrinsic(self) -> bool:
-        """Whether the model is not itself without it, so that a stream of text alone runs with it too."""
+    def is_part_of_model(self) -> bool:
+        """Whether the model was trained with it, so that text streams run with it, too."""
         return False
 
     @property
     @abstractmethod
     def patchers(self) -> list[ModelPatcher]:
-        """The weights it runs, for the host to load and free."""
+        """The weights it uses, for ComfyUI to load and free."""
 
     @property
     @abstractmethod
-    def places(self) -> list[Place]:
-        """The attention layers it touches."""
+    def places(self) -> list[PatchPlace]:
+        """The places that it patches."""
 
     @abstractmethod
-    def prepare(self, call: Call) -> Mapping[Place, Any]:
-        """Lay out what each place needs for such a call. Runs once per model call, outside every layer.
+    def prepare_states(self, call: ModelCall) -> Mapping[PatchPlace, Any]:
+        """What each place needs during the call. Runs once per model call, before the first layer.
 
-        Places that are left out get nothing.
+        Nothing is done at places that are left out.
         """
 
 
-class Term(Injection):
-    """An injection that adds to what an attention gives: out -> out + term."""
+class AttentionTerm(Injection):
+    """An injection that adds to the output of an attention: out -> out + term."""
 
     @abstractmethod
-    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        """What a place adds to its attention's result [B, N, hidden], given what `prepare` laid out for it.
+    def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        """The term at a place, [B, N, hidden] like the attention's output, from the place's state.
 
-        `q` are the queries, options[GIVEN] what they were given; at OUTPUT, `q` is the layer's input, while
-        options[ATTENDED] is what the layer made of it. FLUX has its queries split into heads (dit.py).
+        `q` are the queries, and options[ATTENTION_OUTPUT_OPTION] is the output. At ATTN1_OUTPUT, `q` is the input of
+        the layer, and options[PROJECTED_OUTPUT_OPTION] its output. In FLUX, `q` is split into heads (flux_terms.py).
         """
 
 
-class Extension(Injection):
-    """An injection that changes what an attention reads: its blocks of keys and values, one softmax over them all.
+class KeyValueExtension(Injection):
+    """An injection that changes the keys and values of an attention: blocks of them, with one softmax over all.
 
-    What it lays out for a place holds something for each chunk of rows; a chunk that gets None is left as it is.
-    Unless its window is whole it is stepwise, as it can only be on or off.
+    The state of a place has one entry per chunk of rows; None leaves the chunk unchanged. Unless its window is full it
+    needs sigma, as an extension is either on or off.
     """
 
     @abstractmethod
-    def extend(self, state: Any, blocks: Blocks, options: dict[str, Any]) -> Blocks:
-        """The blocks that a chunk's rows read, given those found and what `prepare` laid out for the chunk."""
+    def extend_blocks(self, state: Any, blocks: KeyValueBlocks, options: dict[str, Any]) -> KeyValueBlocks:
+        """The blocks that a chunk's rows attend to, from the blocks so far and the chunk's state."""

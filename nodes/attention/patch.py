@@ -1,8 +1,8 @@
-"""How an injection enters a model: slots that wrap and never change. The only file that touches transformer_options.
+"""Attaches injections to a model. The only file that reads or writes transformer_options.
 
-Slots stand in the attention layers (slots.py). Once per model call, before the UNet runs, each injection says whether
-it is on and lays out what its layers need; a layer only looks that up. What is fixed for a run is kept in the
-injection's bank, which a run empties behind itself.
+Patches in the attention layers are in slots.py. Once per model call, before the first layer, the wrappers here decide
+which injections are on and prepare their states, which the layers look up. What an injection caches for a run is in its
+run cache, which is cleared when the run ends.
 """
 
 from __future__ import annotations
@@ -18,319 +18,373 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...likeness.guidance import guide
-from . import streams
-from .dit import CELLS, EVERYTHING, PICTURE, QUERIED, STREAM, Joint, behind, keep_queries
-from .injection import HERE, OUTPUT, TEXT_ROLE, WHOLE, Branch, Call, Injection, Place
-from .slots import KEY, Active, Now, Output, Slot, keep_input
+from ...likeness.attention.guidance import apply_reference_guidance
+from .flux_terms import (
+    FLUX_BLOCK_QUERIES,
+    FLUX_BLOCK_STREAM,
+    FLUX_IMAGE_ATTENTION,
+    FLUX_JOINT_ATTENTION,
+    TOKEN_GRID_OPTION,
+    FluxAttentionPatch,
+    add_stream_terms,
+    keep_queries,
+)
+from .injection import (
+    ATTN1_OUTPUT,
+    FULL_LATENT_SIZE_OPTION,
+    LATENT_SIZE_OPTION,
+    TEXT_STREAM_ROLE_PREFIX,
+    GuidanceBranch,
+    Injection,
+    ModelCall,
+    PatchPlace,
+)
+from .slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, Attn1OutputPatch, CallState, keep_attention_input
+from .text_stream import (
+    NO_TEXT_STREAM,
+    OWN_TEXT_STREAM,
+    SHARED_TEXT_STREAM,
+    TEXT_STREAM_KINDS,
+    append_text_rows,
+    index_batch_rows,
+)
 
-OPTIONS = "transformer_options"
-# What travels in the host's options of one prediction and one model call.
-CONDS, BRANCHES = "likeness_conds", "likeness_branches"
-ROLES, TEXT, SIGMA = "likeness_roles", "likeness_text", "likeness_sigma"
+TRANSFORMER_OPTIONS = "transformer_options"
+# Keys in model_options during a prediction, and in transformer_options during a model call.
+GUIDER_CONDS_OPTION, BRANCH_RESULTS_OPTION = "likeness_guider_conds", "likeness_branch_results"
+CHUNK_ROLES_OPTION, NEGATIVE_TEXT_OPTION = "likeness_chunk_roles", "likeness_negative_text"
+SIGMA_OPTION = "likeness_sigma"
 
-# Places behind an attention: what keeps what their terms read as it begins, and what adds these to its result.
-FOLLOWERS: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
-    OUTPUT: (keep_input, Output), PICTURE: (keep_queries, Joint), EVERYTHING: (keep_queries, Joint),
-    QUERIED: (keep_queries, None),
-}  # fmt: skip
-AROUND = (QUERIED, STREAM)  # places behind a whole block
+# Places behind an attention -> the patch that keeps the attention's input, and the patch that adds the terms.
+AFTER_ATTENTION_PATCHES: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
+    ATTN1_OUTPUT: (keep_attention_input, Attn1OutputPatch),
+    FLUX_IMAGE_ATTENTION: (keep_queries, FluxAttentionPatch),
+    FLUX_JOINT_ATTENTION: (keep_queries, FluxAttentionPatch),
+    FLUX_BLOCK_QUERIES: (keep_queries, None),
+}
+AFTER_BLOCK_PLACES = (FLUX_BLOCK_QUERIES, FLUX_BLOCK_STREAM)
 
-Options = Mapping[str, Any]
+TransformerOptions = Mapping[str, Any]
 
 
-def host_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], mask: Tensor | None = None) -> Tensor:
-    """The host's attention backend on [B, N, hidden], as its own layers call it; of FLUX q is [B, heads, N, C]."""
-    split = q.ndim == 4
-    heads = q.shape[1] if split else options["n_heads"]
-    if split:
+def run_attention_backend(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], bias: Tensor | None = None
+) -> Tensor:
+    """ComfyUI's attention backend on [B, N, hidden], as ComfyUI's layers call it. In FLUX, q is [B, heads, N, C]."""
+    is_split = q.ndim == 4
+    heads = q.shape[1] if is_split else options["n_heads"]
+    if is_split:
         k, v = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (k, v))
     return optimized_attention(
-        q, k, v, heads, mask, attn_precision=options.get("attn_precision"), skip_reshape=split,
+        q, k, v, heads, bias, attn_precision=options.get("attn_precision"), skip_reshape=is_split,
         transformer_options=options,
     )  # fmt: skip
 
 
-def attach(
-    model: ModelPatcher, injection: Injection, branch: Branch | None = None, stream: str = streams.NO_TEXT
+def attach_injection(
+    model: ModelPatcher,
+    injection: Injection,
+    branch: GuidanceBranch | None = None,
+    text_stream: str = NO_TEXT_STREAM,
 ) -> ModelPatcher:
-    """A clone of the model with the injection in it, and a stream of the text alone (streams.STREAMS) if it needs one.
+    """A clone of the model with the injection, and with a text stream if it needs one (TEXT_STREAM_KINDS).
 
-    The given model and all its other clones stay as they are.
+    The model and its other clones are not changed.
     """
     patched = model.clone()
     for place in injection.places:
-        if place.name in AROUND:
-            _surround(patched, place, injection)
-        elif place.name not in FOLLOWERS:
-            _stand(patched, place, injection)
-    for keep, follower in {FOLLOWERS[place.name] for place in injection.places if place.name in FOLLOWERS}:
-        patches = patched.model_options[OPTIONS].setdefault("patches", {})
-        if keep not in patches.get("attn1_patch", ()):
-            patches["attn1_patch"] = [keep, *patches.get("attn1_patch", ())]  # before anyone changes it
-        if follower is not None:
-            patched.set_model_attn1_output_patch(follower(injection))
-    patched.set_additional_models(f"{KEY}.{id(injection)}", injection.patchers)
-    before = _hooks(model)
-    hooks = Hooks(
-        (*before.injections, injection),
-        (*before.branches, *((branch,) if branch else ())),
-        max(before.stream, stream, key=streams.STREAMS.index),
+        if place.name in AFTER_BLOCK_PLACES:
+            _wrap_block(patched, place, injection)
+        elif place.name not in AFTER_ATTENTION_PATCHES:
+            _install_slot(patched, place, injection)
+    for keep_input, output_patch in {
+        AFTER_ATTENTION_PATCHES[place.name] for place in injection.places if place.name in AFTER_ATTENTION_PATCHES
+    }:
+        patches = patched.model_options[TRANSFORMER_OPTIONS].setdefault("patches", {})
+        if keep_input not in patches.get("attn1_patch", ()):
+            patches["attn1_patch"] = [keep_input, *patches.get("attn1_patch", ())]  # first: before others change it
+        if output_patch is not None:
+            patched.set_model_attn1_output_patch(output_patch(injection))
+    patched.set_additional_models(f"{LIKENESS_KEY}.{id(injection)}", injection.patchers)
+    previous = _get_model_wrappers(model)
+    wrappers = ModelWrappers(
+        (*previous.injections, injection),
+        (*previous.branches, *((branch,) if branch else ())),
+        max(previous.text_stream, text_stream, key=TEXT_STREAM_KINDS.index),
     )
-    for kind, hook in hooks.wrappers.items():
-        patched.remove_wrappers_with_key(kind, KEY)
-        patched.add_wrapper_with_key(kind, KEY, hook)
+    for wrapper_type, wrapper in wrappers.by_type.items():
+        patched.remove_wrappers_with_key(wrapper_type, LIKENESS_KEY)
+        patched.add_wrapper_with_key(wrapper_type, LIKENESS_KEY, wrapper)
     return patched
 
 
-def _stand(patched: ModelPatcher, place: Place, injection: Injection) -> None:
-    replaced = patched.model_options[OPTIONS].get("patches_replace", {})
-    here, exact = replaced.get(place.name, {}), (*place.block, place.depth)
-    key = exact if exact in here else place.key  # the host looks for the exact one first
-    found = here.get(key, here.get(place.block))
-    if isinstance(found, Slot) and found.place == place:
-        slot = Slot(place, host_attention, found.base, (*found.injections, injection))
+def _install_slot(patched: ModelPatcher, place: PatchPlace, injection: Injection) -> None:
+    patches = patched.model_options[TRANSFORMER_OPTIONS].get("patches_replace", {}).get(place.name, {})
+    exact_key = (*place.block, place.depth)
+    key = exact_key if exact_key in patches else place.patch_key  # ComfyUI looks for the exact key first
+    previous = patches.get(key, patches.get(place.block))
+    if isinstance(previous, AttentionSlot) and previous.place == place:
+        slot = AttentionSlot(place, run_attention_backend, previous.previous, (*previous.injections, injection))
     else:
-        slot = Slot(place, host_attention, found, (injection,))
+        slot = AttentionSlot(place, run_attention_backend, previous, (injection,))
     patched.set_model_patch_replace(slot, place.name, *key)
 
 
 @dataclass(frozen=True, eq=False)
-class Around:
-    """What stands around one FLUX block: what we found there, and the injections that add to its stream behind it."""
+class BlockWrapper:
+    """The patch of one FLUX block: the patch that was there before, and the injections that add to its stream."""
 
     block: tuple[str, int]
-    base: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None
+    previous: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None
     injections: tuple[Injection, ...]
 
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        out = extra["original_block"](args) if self.base is None else self.base(args, extra)
-        return {**out, "img": behind(self.block, self.injections, out["img"], args[OPTIONS])}
+        out = extra["original_block"](args) if self.previous is None else self.previous(args, extra)
+        return {**out, "img": add_stream_terms(self.block, self.injections, out["img"], args[TRANSFORMER_OPTIONS])}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockWrapper:
         return self
 
 
-def _surround(patched: ModelPatcher, place: Place, injection: Injection) -> None:
-    side, index = place.block
-    key = f"{side}_block", index
-    found = patched.model_options[OPTIONS].get("patches_replace", {}).get("dit", {}).get(key)
-    if not isinstance(found, Around):
-        found = Around(place.block, found, ())
-    if injection not in found.injections:
-        around = Around(place.block, found.base, (*found.injections, injection))
-        patched.set_model_patch_replace(around, "dit", *key)
+def _wrap_block(patched: ModelPatcher, place: PatchPlace, injection: Injection) -> None:
+    kind, index = place.block
+    key = f"{kind}_block", index
+    wrapper = patched.model_options[TRANSFORMER_OPTIONS].get("patches_replace", {}).get("dit", {}).get(key)
+    if not isinstance(wrapper, BlockWrapper):
+        wrapper = BlockWrapper(place.block, wrapper, ())
+    if injection not in wrapper.injections:
+        wrapper = BlockWrapper(place.block, wrapper.previous, (*wrapper.injections, injection))
+        patched.set_model_patch_replace(wrapper, "dit", *key)
 
 
-def injections(model: ModelPatcher) -> tuple[Injection, ...]:
-    """What was attached to a model so far."""
-    return _hooks(model).injections
+def get_injections(model: ModelPatcher) -> tuple[Injection, ...]:
+    """The injections of a model."""
+    return _get_model_wrappers(model).injections
 
 
-def branches(model: ModelPatcher) -> tuple[Branch, ...]:
-    """What guides a model beyond the host's own guidance."""
-    return _hooks(model).branches
+def get_branches(model: ModelPatcher) -> tuple[GuidanceBranch, ...]:
+    """The guidance branches of a model."""
+    return _get_model_wrappers(model).branches
 
 
-def directly(model: ModelPatcher, sigma: float) -> dict[str, Any]:
-    """What a model's own apply_model is given for its injections to take part without a sampler, as in training.
+def training_options(model: ModelPatcher, sigma: float) -> dict[str, Any]:
+    """Keyword arguments of apply_model that run a model's injections without a sampler, as in training.
 
-    Every row counts as the positive prompt's. `sigma` is the noise of the rows, or the most of any.
+    All rows count as the positive prompt's. `sigma` is the noise level of the rows, or the highest of them.
     """
-    return {OPTIONS: {**model.model_options[OPTIONS], "wrappers": model.wrappers, SIGMA: sigma}}
+    return {
+        TRANSFORMER_OPTIONS: {
+            **model.model_options[TRANSFORMER_OPTIONS],
+            "wrappers": model.wrappers,
+            SIGMA_OPTION: sigma,
+        }
+    }
 
 
-def inputs(
-    unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[Place], **given: Any
-) -> dict[Place, Tensor]:
-    """What the attentions at `places` read [n, tokens, C] when a UNet sees x [n, C, H, W]. Nothing else is run.
+def capture_attention_inputs(
+    unet: Any, x: Tensor, timesteps: Tensor, context: Tensor, places: Sequence[PatchPlace], **unet_kwargs: Any
+) -> dict[PatchPlace, Tensor]:
+    """The inputs [n, tokens, C] of the attentions at `places` for x [n, C, H, W]. The UNet stops after the last one.
 
-    The places are self-attentions, or all "attn2". None of the patches of the model that the UNet belongs to take part.
+    The places are all "attn2", or all self-attentions. The patches of the UNet's model are not applied.
     """
-    patch = "attn2_patch" if places[0].name == "attn2" else "attn1_patch"
-    wanted = {(place.block, place.depth): place for place in places}
-    seen: dict[Place, Tensor] = {}
+    patch_name = "attn2_patch" if places[0].name == "attn2" else "attn1_patch"
+    places_by_key = {(place.block, place.depth): place for place in places}
+    inputs: dict[PatchPlace, Tensor] = {}
 
-    def see(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        place = wanted.get((options["block"], options.get("block_index", 0)))
+    def capture(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        place = places_by_key.get((options["block"], options.get("block_index", 0)))
         if place is not None:
-            seen[place] = n
-            if len(seen) == len(wanted):
-                raise _Enough
+            inputs[place] = n
+            if len(inputs) == len(places_by_key):
+                raise _CaptureDone
         return n, context, value
 
-    with contextlib.suppress(_Enough):
-        unet(x, timesteps, context=context, transformer_options={"patches": {patch: [see]}}, **given)
-    return seen
+    with contextlib.suppress(_CaptureDone):
+        unet(x, timesteps, context=context, transformer_options={"patches": {patch_name: [capture]}}, **unet_kwargs)
+    return inputs
 
 
-class _Enough(Exception):
-    """All that was wanted has been seen."""
+class _CaptureDone(Exception):
+    """Stops the UNet after the last wanted input."""
 
 
 @dataclass(eq=False)
-class _Branches:
-    """What the branches of one prediction gave. An object, as dictionaries of options are copied on their way."""
+class _BranchResults:
+    """The predictions of the branches in one step. Mutable, as ComfyUI copies the dictionaries of options."""
 
-    wanted: list[Branch]
-    positive: Tensor | None = None
-    given: dict[str, Tensor] = field(default_factory=dict)
+    branches: list[GuidanceBranch]
+    positive_prediction: Tensor | None = None
+    predictions: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class Hooks:
-    """What runs around the model for all injections of a patched model."""
+class ModelWrappers:
+    """The wrappers of a patched model, for all of its injections."""
 
     injections: tuple[Injection, ...] = ()
-    branches: tuple[Branch, ...] = ()
-    stream: str = streams.NO_TEXT
+    branches: tuple[GuidanceBranch, ...] = ()
+    text_stream: str = NO_TEXT_STREAM
 
     @property
-    def wrappers(self) -> dict[str, Callable[..., Any]]:
+    def by_type(self) -> dict[str, Callable[..., Any]]:
         return {
-            WrappersMP.OUTER_SAMPLE: self.run,
-            WrappersMP.PREDICT_NOISE: self.predict,
-            WrappersMP.CALC_COND_BATCH: self.batch,
-            WrappersMP.DIFFUSION_MODEL: self.begin,
+            WrappersMP.OUTER_SAMPLE: self.wrap_outer_sample,
+            WrappersMP.PREDICT_NOISE: self.wrap_predict_noise,
+            WrappersMP.CALC_COND_BATCH: self.wrap_calc_cond_batch,
+            WrappersMP.DIFFUSION_MODEL: self.wrap_diffusion_model,
         }
 
-    def run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Carries a text stream of its own through the run, and empties the banks when that ends, however it ends."""
+    def wrap_outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Adds the rows of a text stream with its own latent. Clears the run caches, also after an error."""
         try:
-            if self.stream != streams.OWN:
+            if self.text_stream != OWN_TEXT_STREAM:
                 return executor(*args, **kwargs)
-            both, more = streams.beside(*args, **kwargs)
-            return executor(*both, **more)[: len(args[0])]
+            num_rows = len(args[0])
+            args, kwargs = append_text_rows(*args, **kwargs)
+            return executor(*args, **kwargs)[:num_rows]
         finally:
             for injection in self.injections:
-                injection.bank.clear()
+                injection.run_cache.clear()
 
-    def predict(
+    def wrap_predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
     ) -> Any:
-        """The guider alone knows its prompts by name: hand them on to where they are batched. Guide by the branches."""
-        model_options = {**(model_options or {}), CONDS: executor.class_obj.conds}
-        if not self.branches and not any(injection.stepwise for injection in self.injections):
+        """Passes the names of the prompts, which only the guider knows, to their batching. Applies branch guidance."""
+        model_options = {**(model_options or {}), GUIDER_CONDS_OPTION: executor.class_obj.conds}
+        if not self.branches and not any(injection.needs_sigma for injection in self.injections):
             return executor(x, timestep, model_options, seed)
-        sigma = float(timestep.flatten()[0])  # banks and branches go by it: the one wait for the device in a step
-        model_options[SIGMA] = sigma
+        sigma = float(timestep.flatten()[0])  # the one device sync of a step
+        model_options[SIGMA_OPTION] = sigma
         if not self.branches:
             return executor(x, timestep, model_options, seed)
-        on = [branch for branch in self.branches if branch.window.inside(sigma)]
-        ran = _Branches([b for b in on if b.scale and b.launch.inside(sigma)])
-        denoised = executor(x, timestep, {**model_options, BRANCHES: ran}, seed)
-        if not on:
+        active = [branch for branch in self.branches if branch.window.contains(sigma)]
+        results = _BranchResults([b for b in active if b.scale and b.launch_window.contains(sigma)])
+        denoised = executor(x, timestep, {**model_options, BRANCH_RESULTS_OPTION: results}, seed)
+        if not active:
             return denoised
-        if ran.positive is None or len(ran.given) < len(ran.wanted):
+        positive = results.positive_prediction
+        if positive is None or len(results.predictions) < len(results.branches):
             raise RuntimeError(
                 f"got the guider {type(executor.class_obj).__name__}, which does not run its prompts through ComfyUI's "
-                "own batches; expected one with a positive prompt that does; use KSampler or CFGGuider"
+                "batching; expected one with a positive prompt that does; use KSampler or CFGGuider"
             )
-        pushes = [b.scale * (ran.given[b.name] - ran.positive) for b in ran.wanted]
-        guided = guide(x, timestep, denoised, ran.positive, pushes, max(b.rescale for b in on))
-        rows = len(x) // 2 if self.stream == streams.OWN else len(x)  # what follows is the text stream's, not ours
+        differences = [b.scale * (results.predictions[b.name] - positive) for b in results.branches]
+        rescale = max(b.rescale for b in active)
+        guided = apply_reference_guidance(x, timestep, denoised, positive, differences, rescale)
+        # The rows of a text stream follow the image's and are not guided.
+        rows = len(x) // 2 if self.text_stream == OWN_TEXT_STREAM else len(x)
         return torch.cat((guided[:rows], denoised[rows:]))
 
-    def batch(
+    def wrap_calc_cond_batch(
         self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> Any:
-        """`cond_or_uncond` counts in this list: name its places, and let the branches' rows follow, once."""
-        named = model_options.get(CONDS)
-        if named is None:
+        """Names the prompts that `cond_or_uncond` counts, and appends the rows of the branches, once per step."""
+        prompts = model_options.get(GUIDER_CONDS_OPTION)
+        if prompts is None:
             return executor(model, conds, x, timestep, model_options)
-        names = [_name(cond, named) for cond in conds]
-        ran: _Branches | None = model_options.get(BRANCHES)
-        first = ran is not None and ran.positive is None and "positive" in names
-        further = [b.name for b in ran.wanted] if ran is not None and first else []
-        negative = next(iter(named.get("negative") or ()), None)
-        own = {
-            ROLES: (*names, *further),
-            TEXT: None if negative is None else negative["model_conds"]["c_crossattn"].cond,
-            SIGMA: model_options.get(SIGMA),
-            WHOLE: tuple(x.shape[-2:]),
+        names = [_find_prompt_name(cond, prompts) for cond in conds]
+        results: _BranchResults | None = model_options.get(BRANCH_RESULTS_OPTION)
+        is_first = results is not None and results.positive_prediction is None and "positive" in names
+        branch_names = [b.name for b in results.branches] if results is not None and is_first else []
+        negative = next(iter(prompts.get("negative") or ()), None)
+        options = {
+            **model_options.get(TRANSFORMER_OPTIONS, {}),
+            CHUNK_ROLES_OPTION: (*names, *branch_names),
+            NEGATIVE_TEXT_OPTION: None if negative is None else negative["model_conds"]["c_crossattn"].cond,
+            SIGMA_OPTION: model_options.get(SIGMA_OPTION),
+            FULL_LATENT_SIZE_OPTION: tuple(x.shape[-2:]),
         }
-        model_options = {**model_options, OPTIONS: {**model_options.get(OPTIONS, {}), **own}}
-        out = executor(model, [*conds, *(list(named["positive"]) for _ in further)], x, timestep, model_options)
-        if ran is not None and first:
-            ran.positive = out[names.index("positive")]
-            ran.given = dict(zip(further, out[len(conds) :], strict=True))
+        model_options = {**model_options, TRANSFORMER_OPTIONS: options}
+        branch_conds = [list(prompts["positive"]) for _ in branch_names]
+        out = executor(model, [*conds, *branch_conds], x, timestep, model_options)
+        if results is not None and is_first:
+            results.positive_prediction = out[names.index("positive")]
+            results.predictions = dict(zip(branch_names, out[len(conds) :], strict=True))
         return out[: len(conds)]
 
-    def begin(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Before the UNet runs: decides which injections are on, and lays out what their places need."""
-        options, args, kwargs = _own_options(args, kwargs)
-        given, chunks = args[0], len(options.get("cond_or_uncond", (0,)))
-        if self.stream == streams.SHARED:
-            index = torch.arange(len(given), device=given.device).view(chunks, 1, -1).repeat(1, 2, 1).flatten()
-            args, kwargs = streams.within((args, kwargs), len(given), index, options)
-        options[HERE] = tuple(given.shape[-2:])
-        cell = getattr(executor.class_obj, "patch_size", None)  # FLUX's, which fills the last cell up
-        if cell is not None:
-            options[CELLS] = tuple(-(-side // cell) for side in options[HERE])
-        call = _call(args[0], args[1], options, self.stream)
-        active: dict[int, Active] = {}
+    def wrap_diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Decides which injections are on in this call and prepares their states, then runs the diffusion model."""
+        options, args, kwargs = _copy_options(args, kwargs)
+        x, num_chunks = args[0], len(options.get("cond_or_uncond", (0,)))
+        if self.text_stream == SHARED_TEXT_STREAM:
+            index = torch.arange(len(x), device=x.device).view(num_chunks, 1, -1).repeat(1, 2, 1).flatten()
+            args, kwargs = index_batch_rows((args, kwargs), len(x), index, options)
+        options[LATENT_SIZE_OPTION] = tuple(x.shape[-2:])
+        patch_size = getattr(executor.class_obj, "patch_size", None)  # FLUX's; it pads the latent to full patches
+        if patch_size is not None:
+            options[TOKEN_GRID_OPTION] = tuple(-(-size // patch_size) for size in options[LATENT_SIZE_OPTION])
+        call = _make_model_call(args[0], args[1], options, self.text_stream)
+        active: dict[int, ActiveInjection] = {}
         for injection in self.injections:
-            gate = _gate(injection, call, options.get("sigmas"))
+            gate = _compute_gate(injection, call, options.get("sigmas"))
             if gate is not False:
-                active[id(injection)] = Active(injection.prepare(call), gate if isinstance(gate, Tensor) else None)
-        options[KEY] = Now(call, active, _picture(call))
+                states = injection.prepare_states(call)
+                active[id(injection)] = ActiveInjection(states, gate if isinstance(gate, Tensor) else None)
+        options[LIKENESS_KEY] = CallState(call, active, _make_image_rows(call))
         out = executor(*args, **kwargs)
-        if self.stream != streams.SHARED:
+        if self.text_stream != SHARED_TEXT_STREAM:
             return out
-        return out.view(chunks, 2, -1, *out.shape[1:])[:, 0].reshape(given.shape[0], *out.shape[1:])
+        return out.view(num_chunks, 2, -1, *out.shape[1:])[:, 0].reshape(x.shape[0], *out.shape[1:])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hooks:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelWrappers:
         return self
 
 
-def _gate(injection: Injection, call: Call, sigmas: Tensor | None) -> Tensor | bool:
-    """Whether an injection is on, or the factor by which it is (see Window.gate)."""
-    if injection.stepwise and call.sigma is None:
-        raise RuntimeError("the model ran outside a guider; expected ComfyUI's samplers; sample the model with these")
-    return injection.window.gate(sigmas) if call.sigma is None else injection.window.inside(call.sigma)
+def _compute_gate(injection: Injection, call: ModelCall, sigmas: Tensor | None) -> Tensor | bool:
+    """Whether an injection is on, or its factor (see SigmaWindow.compute_gate)."""
+    if injection.needs_sigma and call.sigma is None:
+        raise RuntimeError("the model was called without a guider; expected ComfyUI's samplers; use one of them")
+    return injection.window.compute_gate(sigmas) if call.sigma is None else injection.window.contains(call.sigma)
 
 
-def _name(cond: list[Any] | None, named: Mapping[str, list[Any]]) -> str:
-    """The guider's name of a prompt. Context windows copy prompts; the host's mark on their parts stays."""
-    same = (name for name, own in named.items() if own is cond)
-    alike = (name for name, own in named.items() if cond and own and own[0].get("uuid") == cond[0].get("uuid"))
-    return next(same, "") or next(alike, "")
+def _find_prompt_name(cond: list[Any] | None, prompts_by_name: Mapping[str, list[Any]]) -> str:
+    """The guider's name of a prompt, or "". Context windows copy prompts, but their uuids stay the same."""
+    same = (name for name, prompt in prompts_by_name.items() if prompt is cond)
+    copied = (
+        name
+        for name, prompt in prompts_by_name.items()
+        if cond and prompt and prompt[0].get("uuid") == cond[0].get("uuid")
+    )
+    return next(same, "") or next(copied, "")
 
 
-def _hooks(model: ModelPatcher) -> Hooks:
-    found: Any = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, KEY)
-    return found[0].__self__ if found else Hooks()
+def _get_model_wrappers(model: ModelPatcher) -> ModelWrappers:
+    wrappers: Any = model.get_wrappers(WrappersMP.DIFFUSION_MODEL, LIKENESS_KEY)
+    return wrappers[0].__self__ if wrappers else ModelWrappers()
 
 
-def _own_options(
+def _copy_options(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
-    """A copy of the call's transformer_options, and the arguments with the copy in their place."""
-    if OPTIONS in kwargs:
-        options = dict(kwargs[OPTIONS])
-        return options, args, {**kwargs, OPTIONS: options}
-    index = max(i for i, arg in enumerate(args) if isinstance(arg, dict))  # a ControlNet's residuals come before
+    """A copy of the call's transformer_options, and the arguments with the copy instead of the original."""
+    if TRANSFORMER_OPTIONS in kwargs:
+        options = dict(kwargs[TRANSFORMER_OPTIONS])
+        return options, args, {**kwargs, TRANSFORMER_OPTIONS: options}
+    index = max(i for i, arg in enumerate(args) if isinstance(arg, dict))  # after a ControlNet's dict
     options = dict(args[index])
     return options, (*args[:index], options, *args[index + 1 :]), kwargs
 
 
-def _picture(call: Call) -> Tensor | None:
-    """1 at the picture's rows, 0 at a text stream's (Now.picture)."""
-    if not any(call.is_text(role) for role in call.roles):
+def _make_image_rows(call: ModelCall) -> Tensor | None:
+    """CallState.image_rows."""
+    if not any(call.is_text_stream(role) for role in call.roles):
         return None
-    out = torch.ones(len(call.roles), call.rows, 1, 1, dtype=call.dtype, device=call.device)
-    for chunk, role in zip(out, call.roles, strict=True):
-        if call.is_text(role):
+    rows = torch.ones(len(call.roles), call.rows_per_chunk, 1, 1, dtype=call.dtype, device=call.device)
+    for chunk, role in zip(rows, call.roles, strict=True):
+        if call.is_text_stream(role):
             chunk.zero_()
-    return out.flatten(0, 1)
+    return rows.flatten(0, 1)
 
 
-def _call(x: Tensor, timesteps: Tensor, options: Options, stream: str) -> Call:
+def _make_model_call(x: Tensor, timesteps: Tensor, options: TransformerOptions, text_stream: str) -> ModelCall:
     chunks = options.get("cond_or_uncond", (0,))
-    roles = options.get(ROLES)
-    # Without a guider to ask, the host's own order holds: 0 is the positive prompt.
-    names = tuple(("positive" if index == 0 else "negative") if roles is None else roles[index] for index in chunks)
-    if stream != streams.NO_TEXT:
-        names = tuple(role for name in names for role in (name, f"{TEXT_ROLE}{name}"))
-    rows = x.shape[0] // len(names)
-    return Call(names, rows, x.dtype, x.device, timesteps, options.get(SIGMA), options.get(TEXT))
+    names = options.get(CHUNK_ROLES_OPTION)
+    # Without a guider, ComfyUI's order holds: 0 is the positive prompt.
+    roles = tuple(("positive" if index == 0 else "negative") if names is None else names[index] for index in chunks)
+    if text_stream != NO_TEXT_STREAM:
+        roles = tuple(role for name in roles for role in (name, f"{TEXT_STREAM_ROLE_PREFIX}{name}"))
+    rows = x.shape[0] // len(roles)
+    return ModelCall(
+        roles, rows, x.dtype, x.device, timesteps, options.get(SIGMA_OPTION), options.get(NEGATIVE_TEXT_OPTION)
+    )

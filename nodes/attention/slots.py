@@ -1,7 +1,7 @@
-"""What stands in a model's attention layers: what was there before, and what injections make of it.
+"""Patches in a model's attention layers. Each keeps the patch that it replaces and applies injections on top.
 
-An extension changes the keys and values that an attention reads, a term is added to what the attention gives. What they
-need at a layer was laid out before the model ran (Now).
+A KeyValueExtension changes the keys and values that an attention reads; an AttentionTerm is added to its output. Their
+states were prepared before the model ran (CallState).
 """
 
 from __future__ import annotations
@@ -13,130 +13,156 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...likeness.blocks import Block, attend_blocks, group
-from .injection import ATTENDED, GIVEN, KEYS, Bank, Blocks, Call, Extension, Injection, Place, Term
+from ...likeness.attention.grouped_attention import KeyValueBlock, attend_blocks, group_queries
+from .injection import (
+    ATTENTION_OUTPUT_OPTION,
+    KEYS_VALUES_OPTION,
+    PROJECTED_OUTPUT_OPTION,
+    AttentionTerm,
+    Injection,
+    KeyValueBlocks,
+    KeyValueExtension,
+    ModelCall,
+    PatchPlace,
+)
 
-KEY = "likeness"  # in the options of a call: what is going on, a Now
-READ = "likeness_read"
+LIKENESS_KEY = "likeness"  # in the transformer_options of a model call: its CallState
+SELF_ATTENTION_INPUT_OPTION = "likeness_self_attention_input"
 
-Attention = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
-Backend = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None], Tensor]
+AttentionReplacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+AttentionBackend = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Active:
-    """An injection that is on during this call."""
+class ActiveInjection:
+    """The states and the gate of an injection that is on during this call."""
 
-    states: Mapping[Place, Any]
+    states: Mapping[PatchPlace, Any]
     gate: Tensor | None
 
 
 @dataclass(frozen=True)
-class Now:
-    """A call of the model, and the injections that are on during it, by their id.
+class CallState:
+    """A model call, and the injections that are on during it, by their id.
 
-    `picture` [rows, 1, 1] is 1 at the picture's rows and 0 at a text stream's; None where there is no such stream.
-    `queries` holds those of the FLUX block that runs, [B, heads, N, C], the text's first.
+    `image_rows` [rows, 1, 1] is 1 for the image's rows and 0 for a text stream's; None if there is no text stream.
+    `flux_queries` holds the queries of the current FLUX block, [B, heads, N, C], text tokens first.
     """
 
-    call: Call
-    active: Mapping[int, Active]
-    picture: Tensor | None
-    queries: list[Tensor] = field(default_factory=list)
+    call: ModelCall
+    active_injections: Mapping[int, ActiveInjection]
+    image_rows: Tensor | None
+    flux_queries: list[Tensor] = field(default_factory=list)
 
-    def state(self, injection: Injection, place: Place) -> Any:
-        """What an injection has laid out for a place; None where it has nothing to do there."""
-        active = self.active.get(id(injection))
+    def get_state(self, injection: Injection, place: PatchPlace) -> Any:
+        """An injection's state for a place; None if it does nothing there."""
+        active = self.active_injections.get(id(injection))
         return None if active is None else active.states.get(place)
 
 
-def now_of(options: dict[str, Any]) -> Now:
-    """What is going on in a call. Raises RuntimeError where it did not come by way of the wrappers."""
-    now = options.get(KEY)
-    if now is None:
+def get_call_state(options: dict[str, Any]) -> CallState:
+    """The state of the current call. Raises RuntimeError if the model was called without our wrappers."""
+    call_state = options.get(LIKENESS_KEY)
+    if call_state is None:
         raise RuntimeError(
-            "the model ran without its wrappers; expected a call by ComfyUI's samplers; sample the model with these"
+            "the model was called without its wrappers; expected a call by ComfyUI's samplers; use one of them"
         )
-    return now
+    return call_state
 
 
-def and_terms(injections: Sequence[Injection], place: Place, q: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
-    """The result of an attention with what the injections add to it."""
-    now = now_of(options)
+def add_terms(
+    injections: Sequence[Injection], place: PatchPlace, q: Tensor, out: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The output of an attention plus the terms of the injections."""
+    call_state = get_call_state(options)
     for injection in injections:
-        state = now.state(injection, place)
-        if state is not None and isinstance(injection, Term):
-            term, gate = injection.term(state, q, options), now.active[id(injection)].gate
+        state = call_state.get_state(injection, place)
+        if state is not None and isinstance(injection, AttentionTerm):
+            gate, image_rows = call_state.active_injections[id(injection)].gate, call_state.image_rows
+            term = injection.compute_term(state, q, options)
             term = term if gate is None else term * gate.to(term.dtype)
-            out = out + (term if now.picture is None or injection.intrinsic else term * now.picture)
+            out = out + (term if image_rows is None or injection.is_part_of_model else term * image_rows)
     return out
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """What stands in one attention layer: what we found there, and the injections that extend it or add to it."""
+class AttentionSlot:
+    """The patch of one attention layer: the patch that was there before, and the injections that act on it."""
 
-    place: Place
-    backend: Backend
-    base: Attention | None
+    place: PatchPlace
+    backend: AttentionBackend
+    previous: AttentionReplacement | None
     injections: tuple[Injection, ...]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        options[KEYS] = k, v
-        options[GIVEN] = out = self._attend(q, k, v, options)
-        return and_terms(self.injections, self.place, q, out, options)
+        options[KEYS_VALUES_OPTION] = k, v
+        options[ATTENTION_OUTPUT_OPTION] = out = self._attend(q, k, v, options)
+        return add_terms(self.injections, self.place, q, out, options)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """The attention, each chunk of rows over the blocks that the extensions make for it."""
-        now, extensions = now_of(options), [i for i in self.injections if isinstance(i, Extension)]
-        laid = [(i, state) for i in extensions if (state := now.state(i, self.place)) is not None]
-        if not laid:
-            return self._host(q, k, v, options) if self.base is None else self.base(q, k, v, options)
-        out = None if self.base is None else self.base(q, k, v, options)
+        """The attention; each chunk of rows attends to the blocks that the extensions give it."""
+        call_state = get_call_state(options)
+        extensions = [
+            (injection, state)
+            for injection in self.injections
+            if isinstance(injection, KeyValueExtension)
+            and (state := call_state.get_state(injection, self.place)) is not None
+        ]
+        if not extensions:
+            return self._run_backend(q, k, v, options) if self.previous is None else self.previous(q, k, v, options)
+        out = None if self.previous is None else self.previous(q, k, v, options)
         chunks: list[Tensor] = []
-        for c in range(len(now.call.roles)):
-            rows = slice(c * now.call.rows, (c + 1) * now.call.rows)
-            own = [(injection, state[c]) for injection, state in laid if state[c] is not None]
-            if out is not None and not own:
+        for c in range(len(call_state.call.roles)):
+            rows = slice(c * call_state.call.rows_per_chunk, (c + 1) * call_state.call.rows_per_chunk)
+            chunk_extensions = [(injection, state[c]) for injection, state in extensions if state[c] is not None]
+            if out is not None and not chunk_extensions:
                 chunks.append(out[rows])
                 continue
-            extended = self._extended(q[rows], k[rows], v[rows], own, options)
-            if out is not None:  # what was here before is kept as what it changed
-                extended = out[rows] + extended - self._host(q[rows], k[rows], v[rows], options)
+            extended = self._attend_extended(q[rows], k[rows], v[rows], chunk_extensions, options)
+            if out is not None:  # keep the difference that the previous patch makes
+                extended = out[rows] + extended - self._run_backend(q[rows], k[rows], v[rows], options)
             chunks.append(extended)
         return torch.cat(chunks)
 
-    def _host(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    def _run_backend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         return self.backend(q, k, v, options, None)
 
-    def _extended(
-        self, q: Tensor, k: Tensor, v: Tensor, extensions: Sequence[tuple[Extension, Any]], options: dict[str, Any]
+    def _attend_extended(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        extensions: Sequence[tuple[KeyValueExtension, Any]],
+        options: dict[str, Any],
     ) -> Tensor:
-        """The attention of a chunk's rows over the layer's own keys and those that the extensions bring."""
-        blocks: Blocks = (Block(k, v),)
+        """The attention of a chunk's rows over the layer's own keys and those of the extensions."""
+        if not extensions:
+            return self._run_backend(q, k, v, options)
+        blocks: KeyValueBlocks = (KeyValueBlock(k, v),)
         for extension, state in extensions:
-            blocks = extension.extend(state, blocks, options)
-        seen = [block.seen for block in blocks]
-        # The groups depend on the regions alone. What they were made of is kept with them: no id is used again.
-        bank = extensions[0][0].bank if extensions else Bank()
-        key = ("groups", *map(id, seen), len(q), q.device)
-        _, groups = bank.get(key, lambda: (seen, group(seen, len(q), q.device)))
+            blocks = extension.extend_blocks(state, blocks, options)
+        visible = [block.visible_queries for block in blocks]
+        # The groups depend on the regions alone. The masks are cached with them, so that no id is reused.
+        key = ("groups", *map(id, visible), len(q), q.device)
+        _, groups = extensions[0][0].run_cache.get_or_compute(
+            key, lambda: (visible, group_queries(visible, len(q), q.device))
+        )
         return attend_blocks(q, blocks, groups, lambda q, k, v, bias: self.backend(q, k, v, options, bias))
 
     def add(self, *_args: Any, **_kwargs: Any) -> None:
-        """Other packs call this on what they find in their place; doing as they ask would change upstream models."""
+        """Called by other packs on the patch that they find. Doing what they ask would change upstream models."""
         raise ValueError(
-            "another pack's node follows Apply Identity and wants to change it in place; "
-            "put that node before Apply Identity: patches that it finds are kept"
+            "another pack's node follows Apply Identity and wants to change its patch in place; "
+            "put that node before Apply Identity, which keeps the patches that it finds"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return self  # immutable, and the weights behind it are the host's to copy or not
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSlot:
+        return self  # immutable; the weights behind it are ComfyUI's to copy
 
 
 @dataclass(frozen=True, eq=False)
-class Output:
-    """What follows every self-attention: the terms of one injection, at its OUTPUT places."""
+class Attn1OutputPatch:
+    """A patch behind every self-attention: the terms of one injection at its ATTN1_OUTPUT places."""
 
     injection: Injection
 
@@ -145,14 +171,16 @@ class Output:
         place = next((p for p in self.injection.places if (p.block, p.depth) == (block, depth)), None)
         if place is None:
             return n
-        options.setdefault(ATTENDED, n)
-        return and_terms((self.injection,), place, options[READ], n, options)
+        options.setdefault(PROJECTED_OUTPUT_OPTION, n)
+        return add_terms((self.injection,), place, options[SELF_ATTENTION_INPUT_OPTION], n, options)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Output:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attn1OutputPatch:
         return self
 
 
-def keep_input(n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep what a self-attention reads for the outputs behind it."""
-    options[READ] = n
+def keep_attention_input(
+    n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the input of a self-attention for the patches of its output."""
+    options[SELF_ATTENTION_INPUT_OPTION] = n
     return n, context, value

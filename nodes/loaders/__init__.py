@@ -1,1 +1,1 @@
-"""Loader nodes: from files and settings to encoders and adapters."""
+"""Loader nodes: encoders, adapters and models from files."""

@@ -1,4 +1,4 @@
-"""Load Face Analyzer: insightface's detector and recogniser from a model pack on disk. Nothing is downloaded."""
+"""Load Face Analyzer: insightface's detector and recogniser from a model pack on disk. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ...likeness.spec import Face, Feature
 from .. import types
 from . import files
 
-NONE_FOUND = "none found"
-CPU = "CPUExecutionProvider"
+NO_MODEL_PACK = "none found"
+CPU_PROVIDER = "CPUExecutionProvider"
 
-# What each choice means to onnxruntime, best first, and the package that brings it.
-PROVIDERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "cpu": ((CPU,), "onnxruntime"),
+# Choice -> onnxruntime providers, best first, and the package that provides them.
+EXECUTION_PROVIDERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "cpu": ((CPU_PROVIDER,), "onnxruntime"),
     "cuda": (("CUDAExecutionProvider",), "onnxruntime-gpu"),
     "rocm": (("MIGraphXExecutionProvider", "ROCMExecutionProvider"), "onnxruntime-migraphx"),
     "coreml": (("CoreMLExecutionProvider",), "onnxruntime (on a Mac)"),
     "directml": (("DmlExecutionProvider",), "onnxruntime-directml"),
     "openvino": (("OpenVINOExecutionProvider",), "onnxruntime-openvino"),
 }
-AUTO = ("cuda", "rocm", "coreml", "directml", "openvino", "cpu")
+AUTO_PROVIDER_ORDER = ("cuda", "rocm", "coreml", "directml", "openvino", "cpu")
 
-# Several packs share a recogniser, and packs get renamed: the network is named by its file where that is known.
-RECOGNISERS = {
+# Several packs share a recogniser, and users rename packs, so known files name the network.
+RECOGNIZER_PACKS = {
     "w600k_r50.onnx": "buffalo_l", "glintr100.onnx": "antelopev2", "w600k_mbf.onnx": "buffalo_s",
     "arcface.onnx": "arc2face",
 }  # fmt: skip
@@ -39,26 +39,26 @@ RECOGNISERS = {
 
 @dataclass(frozen=True, eq=False)
 class FaceAnalyzer:
-    """What goes through LIKENESS_FACE_ANALYZER: finds faces and makes ArcFace vectors.
+    """Detects faces and computes ArcFace vectors (types.FaceAnalyzerProtocol).
 
-    `network` names the recogniser as in encoder ids, `arcface.<pack>`; `sha256` is its file's.
+    `network` names the recogniser as encoder ids do, `arcface.<pack>`; `sha256` is the hash of its file.
     """
 
     network: str
     sha256: str
     detector: Any
-    recogniser: Any
+    recognizer: Any
 
     @property
     def feature(self) -> Feature:
         return Feature(self.network, "raw", "face112")
 
     def detect(self, photo: Tensor, size: int) -> list[Face]:
-        """The faces of a photo, uint8 RGB [H, W, 3], seen by the detector at `size` pixels."""
-        boxes, points = self.detector.detect(_bgr(photo), input_size=(size, size))
+        """The faces of a photo, uint8 RGB [H, W, 3], with a detector input of `size` pixels."""
+        boxes, points = self.detector.detect(_to_bgr(photo), input_size=(size, size))
         if points is None:
             raise ValueError(
-                "got a detector without key points; expected one with five; choose buffalo_l or antelopev2"
+                "got a detector without key points; expected five per face; choose buffalo_l or antelopev2"
             )
         return [
             Face(torch.from_numpy(box[:4].copy()).float(), torch.from_numpy(kps.copy()).float(), float(box[4]))
@@ -66,117 +66,119 @@ class FaceAnalyzer:
         ]
 
     def embed(self, photo: Tensor, face: Face) -> Tensor:
-        """The raw ArcFace vector [512] of a face of a photo, uint8 RGB [H, W, 3], on insightface's own crop."""
+        """The raw ArcFace vector [512] of a face in a photo, uint8 RGB [H, W, 3], with insightface's alignment."""
         from insightface.utils import face_align
 
-        crop = face_align.norm_crop(_bgr(photo), face.kps.numpy(), self.recogniser.input_size[0])
-        return torch.from_numpy(self.recogniser.get_feat(crop).flatten().copy()).float()
+        crop = face_align.norm_crop(_to_bgr(photo), face.kps.numpy(), self.recognizer.input_size[0])
+        return torch.from_numpy(self.recognizer.get_feat(crop).flatten().copy()).float()
 
 
-def _bgr(photo: Tensor) -> Any:
+def _to_bgr(photo: Tensor) -> Any:
     return photo.flip(-1).contiguous().numpy()
 
 
-def packs() -> dict[str, Path]:
-    """The model packs on disk, by the name of their folder; a pack unzipped into itself counts as one."""
-    found: dict[str, Path] = {}
-    for root in files.roots("insightface"):
+def list_model_packs() -> dict[str, Path]:
+    """The model packs on disk by folder name, including packs unzipped into a subfolder of the same name."""
+    packs: dict[str, Path] = {}
+    for root in files.list_folder_paths("insightface"):
         for folder in sorted(path for path in (root / "models").glob("*") if path.is_dir()):
-            place = next((p for p in (folder, folder / folder.name) if any(p.glob("*.onnx"))), None)
-            if place is not None:
-                found.setdefault(folder.name, place)
-    return found
+            path = next((path for path in (folder, folder / folder.name) if any(path.glob("*.onnx"))), None)
+            if path is not None:
+                packs.setdefault(folder.name, path)
+    return packs
 
 
-def pack(name: str) -> Path:
-    """Where a model pack lies. Raises ValueError saying where to put one."""
-    there = packs()
-    if name not in there:
-        place = files.roots("insightface")[0] / "models"
+def find_model_pack(name: str) -> Path:
+    """The folder of a model pack. Raises ValueError if it is missing."""
+    packs = list_model_packs()
+    if name not in packs:
+        target = files.list_folder_paths("insightface")[0] / "models"
         raise ValueError(
-            f"got the model pack {name!r}; expected one of {', '.join(there) or 'none that is there'}; "
-            f"put the folder of .onnx files (buffalo_l, antelopev2) into {place} and press R"
+            f"got the model pack {name!r}; found {', '.join(packs) or 'no model packs'}; "
+            f"put the folder with its .onnx files (buffalo_l, antelopev2) into {target} and press R to refresh"
         )
-    return there[name]
+    return packs[name]
 
 
-def load(name: str, provider: str) -> tuple[FaceAnalyzer, str]:
-    """A model pack on a provider, and the report. Raises ValueError where either is not to be had."""
-    return open_pack(pack(name), provider)
+def load_face_analyzer(name: str, provider: str) -> tuple[FaceAnalyzer, str]:
+    """Load a model pack, with a report. Raises ValueError if the pack or the provider is not available."""
+    return open_model_pack(find_model_pack(name), provider)
 
 
-def open_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
-    """The same of a folder of .onnx files anywhere; its name is the pack's."""
+def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
+    """Load a model pack from any folder of .onnx files, whose name is the pack's."""
     try:
         import onnxruntime
         from insightface.app import FaceAnalysis
     except ImportError as error:
         raise ValueError(
-            f"got no insightface ({error}); expected insightface 2 or newer beside ComfyUI; "
+            f"could not import insightface ({error}); expected version 2 or newer in ComfyUI's Python; "
             "run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
         ) from error
-    wanted = _wanted(provider, onnxruntime.get_available_providers())
-    detector, recogniser = _start(FaceAnalysis, folder, wanted, spare=provider == "auto")
-    used = _used(provider, wanted, detector, recogniser)
-    path = Path(recogniser.model_file)
-    network = f"arcface.{RECOGNISERS.get(path.name, folder.name.lower())}"
-    analyzer = FaceAnalyzer(network, files.sha256(path), detector, recogniser)
+    requested = _select_providers(provider, onnxruntime.get_available_providers())
+    detector, recognizer = _load_networks(FaceAnalysis, folder, requested, fall_back_to_cpu=provider == "auto")
+    running = _get_running_providers(provider, requested, detector, recognizer)
+    path = Path(recognizer.model_file)
+    network = f"arcface.{RECOGNIZER_PACKS.get(path.name, folder.name.lower())}"
+    analyzer = FaceAnalyzer(network, files.hash_file(path), detector, recognizer)
     names = f"detector {Path(detector.model_file).name}, recogniser {path.name} ({network})"
-    lines = [f"{folder.name}: {names}, on {used}."]
-    if wanted[0] not in used:  # only auto comes here
-        lines.append(f"Warning: onnxruntime offers {wanted[0]}, but it did not start; check the driver for more speed.")
-    return analyzer, "\n".join([*lines, *_both_packages()])
+    lines = [f"{folder.name}: {names}, on {running}."]
+    if requested[0] not in running:  # only with auto
+        lines.append(f"Warning: {requested[0]} is available but did not start, which is slower; check the driver.")
+    return analyzer, "\n".join([*lines, *_warn_about_duplicate_onnxruntime()])
 
 
-def _start(analysis: Callable[..., Any], folder: Path, wanted: Sequence[str], spare: bool) -> tuple[Any, Any]:
-    """A pack's detector and recogniser on these providers, or with `spare` on the CPU where those break.
+def _load_networks(
+    face_analysis: Callable[..., Any], folder: Path, requested: Sequence[str], fall_back_to_cpu: bool
+) -> tuple[Any, Any]:
+    """A pack's detector and recogniser on the requested providers, optionally on the CPU if those fail.
 
-    Raises ValueError where a file is broken or missing.
+    Raises ValueError if a file is damaged or missing.
     """
-    failed: Exception | None = None
-    for providers in (wanted, [CPU]) if spare else (wanted,):
+    first_error: Exception | None = None
+    for providers in (requested, [CPU_PROVIDER]) if fall_back_to_cpu else (requested,):
         try:
-            names = list(dict.fromkeys((*providers, CPU)))
-            app = analysis(str(folder), allowed_modules=["detection", "recognition"], providers=names)
+            names = list(dict.fromkeys((*providers, CPU_PROVIDER)))
+            app = face_analysis(str(folder), allowed_modules=["detection", "recognition"], providers=names)
             app.prepare(ctx_id=0, det_size=(640, 640))
             return app.models["detection"], app.models["recognition"]
         except Exception as error:
-            failed = failed or error
-    there = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
-    known = {"": "no detector among them", "'recognition'": "no recogniser among them"}
-    why = known.get(str(failed)) or str(failed).splitlines()[0][:160]
+            first_error = first_error or error
+    names = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
+    known_errors = {"": "no detector among them", "'recognition'": "no recogniser among them"}
+    reason = known_errors.get(str(first_error)) or str(first_error).splitlines()[0][:160]
     raise ValueError(
-        f"got the model pack {folder.name} with {there}, which cannot be loaded ({why}); expected a detector and an "
-        "ArcFace recogniser; one may be cut short: unpack the pack again"
-    ) from failed
+        f"got the model pack {folder.name} with {names}, which cannot be loaded ({reason}); expected a detector and an "
+        "ArcFace recogniser; a file may be cut short: unpack the pack again"
+    ) from first_error
 
 
-def _wanted(provider: str, available: Sequence[str]) -> list[str]:
-    """The onnxruntime providers to ask for. Raises ValueError where it has none of them."""
-    choices = AUTO if provider == "auto" else (provider,)
-    wanted = [name for choice in choices for name in PROVIDERS[choice][0] if name in available]
-    if not wanted:
+def _select_providers(provider: str, available: Sequence[str]) -> list[str]:
+    """The onnxruntime providers to request. Raises ValueError if none of them is available."""
+    choices = AUTO_PROVIDER_ORDER if provider == "auto" else (provider,)
+    requested = [name for choice in choices for name in EXECUTION_PROVIDERS[choice][0] if name in available]
+    if not requested:
         raise ValueError(
-            f"got provider {provider}; onnxruntime here has {', '.join(available)}; "
-            f"install {PROVIDERS[provider][1]} in place of the present onnxruntime, or choose auto"
+            f"got provider {provider}; this onnxruntime has {', '.join(available)}; "
+            f"install {EXECUTION_PROVIDERS[provider][1]} in place of the installed onnxruntime, or choose auto"
         )
-    return wanted
+    return requested
 
 
-def _used(provider: str, wanted: Sequence[str], *models: Any) -> str:
-    """The provider that really runs. Raises ValueError where onnxruntime left the chosen one without saying so."""
-    used = [model.session.get_providers()[0] for model in models]
-    fallen = next((name for name in used if provider != "auto" and name not in wanted), None)
-    if fallen is not None:
+def _get_running_providers(provider: str, requested: Sequence[str], *models: Any) -> str:
+    """The providers that are in use. Raises ValueError if onnxruntime silently fell back from the chosen one."""
+    running = [model.session.get_providers()[0] for model in models]
+    fallback = next((name for name in running if provider != "auto" and name not in requested), None)
+    if fallback is not None:
         raise ValueError(
-            f"got provider {provider}, but onnxruntime fell back to {fallen}; expected {', '.join(wanted)}; "
-            f"check the driver and {PROVIDERS[provider][1]}, or choose auto or cpu"
+            f"got provider {provider}, but onnxruntime fell back to {fallback}; expected {', '.join(requested)}; "
+            f"check the driver and {EXECUTION_PROVIDERS[provider][1]}, or choose auto or cpu"
         )
-    return ", ".join(dict.fromkeys(used))
+    return ", ".join(dict.fromkeys(running))
 
 
-def _both_packages() -> list[str]:
-    """A warning where two builds of onnxruntime overwrite each other's files."""
+def _warn_about_duplicate_onnxruntime() -> list[str]:
+    """A warning if several builds of onnxruntime are installed and overwrite each other's files."""
     names = {(dist.metadata["Name"] or "").lower() for dist in metadata.distributions()}
     builds = sorted(name for name in names if name == "onnxruntime" or name.startswith("onnxruntime-"))
     if len(builds) < 2:
@@ -195,37 +197,37 @@ class LoadFaceAnalyzer(io.ComfyNode):
             node_id="LikenessLoadFaceAnalyzer",
             display_name="Load Face Analyzer",
             category="likeness/loaders",
-            description="Loads an insightface model pack: finds faces and makes the vectors that FaceID and InstantID "
-            "read. The report says on what it really runs.",
+            description="Loads an insightface model pack, which detects faces and computes the face embeddings that "
+            "FaceID, InstantID and PuLID need. The report shows the provider in use.",
             search_aliases=["insightface", "buffalo", "antelope", "arcface"],
             inputs=[
                 io.Combo.Input(
                     "model_pack",
-                    options=list(packs()) or [NONE_FOUND],
-                    tooltip="Folder in models/insightface/models. FaceID and Portrait need buffalo_l, "
-                    "InstantID antelopev2.",
+                    options=list(list_model_packs()) or [NO_MODEL_PACK],
+                    tooltip="Folder in models/insightface/models. FaceID and Portrait need buffalo_l; InstantID and "
+                    "PuLID need antelopev2.",
                 ),
                 io.Combo.Input(
                     "provider",
-                    options=["auto", *PROVIDERS],
+                    options=["auto", *EXECUTION_PROVIDERS],
                     default="auto",
-                    tooltip="What the networks run on. auto takes the best there is; any other choice is an error "
-                    "where it is not to be had.",
+                    tooltip="The onnxruntime provider. auto uses the fastest one available. Any other choice is an "
+                    "error if it is not available.",
                 ),
             ],
             outputs=[
-                types.FaceAnalyzer.Output(display_name="face_analyzer"),
-                io.String.Output(display_name="report", tooltip="Which networks run, and on what."),
+                types.FaceAnalyzerSocket.Output(display_name="face_analyzer"),
+                io.String.Output(display_name="report", tooltip="The networks and the provider in use."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model_pack: str, provider: str) -> list[tuple[int, int]]:
-        return [files.signature(path) for path in sorted(pack(model_pack).glob("*.onnx"))]
+        return [files.get_file_signature(path) for path in sorted(find_model_pack(model_pack).glob("*.onnx"))]
 
     @classmethod
     def execute(cls, model_pack: str, provider: str) -> io.NodeOutput:
-        return io.NodeOutput(*load(model_pack, provider))
+        return io.NodeOutput(*load_face_analyzer(model_pack, provider))
 
 
 NODES = [LoadFaceAnalyzer]

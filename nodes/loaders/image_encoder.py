@@ -1,4 +1,4 @@
-"""Load Image Encoder: the vision tower of an OpenCLIP or EVA-CLIP checkpoint, through open_clip_torch."""
+"""Load Image Encoder: the vision tower of an OpenCLIP, EVA-CLIP or SigLIP checkpoint."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness import keymaps
+from ...likeness.checkpoints import key_maps
 from .. import types
-from . import care, files
-from .towers import Layers, Tower, tower_of
+from . import files, model_management
+from .vision_towers import LayerOutputs, VisionTower, build_vision_tower
 
-PREFIXES = ("visual.", "module.visual.", "vision_model.")  # the last is SigLIP's in the transformers layout
-ACTIVATIONS = ("auto", "gelu", "quick_gelu")
+VISION_PREFIXES = ("visual.", "module.visual.", "vision_model.")  # the last is SigLIP in transformers' layout
+ACTIVATION_OPTIONS = ("auto", "gelu", "quick_gelu")
 
 
 @dataclass(frozen=True, eq=False)
 class OpenClipEncoder:
-    """The vision tower of an OpenCLIP or EVA-CLIP checkpoint, under the host's care."""
+    """The vision tower of an OpenCLIP, EVA-CLIP or SigLIP checkpoint, in a ModelPatcher."""
 
-    tower: Tower
+    tower: VisionTower
     sha256: str
     patcher: ModelPatcher
 
@@ -37,37 +37,39 @@ class OpenClipEncoder:
     def family(self) -> str:
         return self.tower.family
 
-    def encode(self, pictures: Tensor) -> Layers:
-        pictures = pictures[..., :3].to(self.patcher.load_device)
-        return self._run(clip_preprocess(pictures, size=self.tower.size, **self.tower.pixels))
+    def encode(self, images: Tensor) -> LayerOutputs:
+        images = images[..., :3].to(self.patcher.load_device)
+        return self._run_tower(clip_preprocess(images, size=self.tower.image_size, **self.tower.preprocess_options))
 
-    def zero(self) -> Layers:
-        size = self.tower.size
-        return self._run(torch.zeros(1, 3, size, size, device=self.patcher.load_device)) if self.tower.zero else {}
+    def encode_zero_image(self) -> LayerOutputs:
+        if not self.tower.reads_zero_image:
+            return {}
+        size = self.tower.image_size
+        return self._run_tower(torch.zeros(1, 3, size, size, device=self.patcher.load_device))
 
-    def _run(self, pixels: Tensor) -> Layers:
+    def _run_tower(self, pixels: Tensor) -> LayerOutputs:
         comfy.model_management.load_model_gpu(self.patcher)
         network: Any = self.patcher.model
-        made = self.tower.run(network, pixels.to(next(network.parameters()).dtype))
+        outputs = self.tower.run_layers(network, pixels.to(next(network.parameters()).dtype))
         device = comfy.model_management.intermediate_device()
-        return {name: value.float().to(device) for name, value in made.items()}
+        return {name: value.float().to(device) for name, value in outputs.items()}
 
 
-def load(file: str, activation: str = "auto") -> OpenClipEncoder:
-    """The vision tower of an OpenCLIP or EVA-CLIP checkpoint, its architecture read from the weights.
+def load_image_encoder(file: str, activation: str = "auto") -> OpenClipEncoder:
+    """Load a vision tower. The architecture is detected from the weights.
 
-    Raises ValueError.
+    Raises ValueError if the file is damaged or of another layout.
     """
-    path = files.find(file, "clip_vision")
-    tensors = files.read(path)
-    found = (keymaps.under(tensors, prefix) for prefix in PREFIXES)
-    weights = next((weights for weights in found if weights), {})
-    tower = tower_of(weights, path.name, activation)
+    path = files.find_model_file(file, "clip_vision")
+    tensors = files.load_weights(path)
+    candidates = (key_maps.select_prefix(tensors, prefix) for prefix in VISION_PREFIXES)
+    weights = next((weights for weights in candidates if weights), {})
+    tower = build_vision_tower(weights, path.name, activation)
     try:
-        keymaps.load(tower.module, tower.weights)
+        key_maps.load_module_weights(tower.module, tower.weights)
     except ValueError as error:
         raise ValueError(f"got {file}: {error}") from error
-    return OpenClipEncoder(tower, files.sha256(path), care.encoder_of(tower.module))
+    return OpenClipEncoder(tower, files.hash_file(path), model_management.make_encoder_patcher(tower.module))
 
 
 class LoadImageEncoder(io.ComfyNode):
@@ -77,36 +79,36 @@ class LoadImageEncoder(io.ComfyNode):
             node_id="LikenessLoadImageEncoder",
             display_name="Load Image Encoder (OpenCLIP)",
             category="likeness/loaders",
-            description="Loads the image half of an OpenCLIP or EVA-CLIP checkpoint (visual.* weights), which "
-            "ComfyUI's own Load CLIP Vision may not know, or SigLIP's with its pooling head. The architecture is read "
-            "from the weights.",
+            description="Loads the vision tower of an OpenCLIP or EVA-CLIP checkpoint (visual.* weights), or SigLIP "
+            "with its pooling head, which Load CLIP Vision may not support. The architecture is detected from the "
+            "weights.",
             search_aliases=["clip vision", "open_clip", "eva clip", "siglip", "pulid"],
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=files.names("clip_vision"),
+                    options=files.list_weight_files("clip_vision"),
                     tooltip="OpenCLIP, EVA-CLIP or SigLIP file in models/clip_vision (.safetensors, .bin or .pt).",
                 ),
                 io.Combo.Input(
                     "activation",
-                    options=list(ACTIVATIONS),
+                    options=list(ACTIVATION_OPTIONS),
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Which GELU the network was trained with; the weights do not say. auto: quick_gelu for "
-                    "ViT-L/14-336 and for files named after OpenAI, DFN or MetaCLIP, else gelu.",
+                    tooltip="The GELU that the network was trained with, which the file does not state. auto: "
+                    "quick_gelu for ViT-L/14-336 and for files named after OpenAI, DFN or MetaCLIP, otherwise gelu.",
                 ),
             ],
-            outputs=[types.ImageEncoder.Output(display_name="image_encoder")],
+            outputs=[types.ImageEncoderSocket.Output(display_name="image_encoder")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file: str, activation: str = "auto") -> tuple[int, int]:
-        return files.signature(files.find(file, "clip_vision"))
+        return files.get_file_signature(files.find_model_file(file, "clip_vision"))
 
     @classmethod
     def execute(cls, file: str, activation: str = "auto") -> io.NodeOutput:
-        return io.NodeOutput(load(file, activation))
+        return io.NodeOutput(load_image_encoder(file, activation))
 
 
 NODES = [LoadImageEncoder]

@@ -1,1 +1,1 @@
-"""AdaFace (NeurIPS 2024 submission): a teacher that reads faces as words, and what puts them into the prompt."""
+"""Training of AdaFace (NeurIPS 2024 submission): an Arc2Face teacher, and the prompt inverter."""

@@ -1,6 +1,7 @@
 """Composition distillation and elastic face preserving (AdaFace, Eq. 3 to 8), as functions of features.
 
-A feature is the last dimension of a tensor: a word's state, a place's channels, or a word's attention over places.
+A feature is the last dimension of a tensor: a token's hidden state, the channels at a position, or a token's attention
+over all positions.
 """
 
 from __future__ import annotations
@@ -8,44 +9,47 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-LEAST = 1e-3  # of a feature's length; a shorter delta is rounding, and has no direction to agree on
+MIN_DELTA_RATIO = 1e-3  # of a feature's norm; a shorter delta is rounding noise without a meaningful direction
 
 
-def orthogonal(x: Tensor, base: Tensor) -> Tensor:
-    """Orthogonal subtraction (Eq. 5): x [..., D] less its projection on `base` [..., D].
+def subtract_projection(x: Tensor, base: Tensor) -> Tensor:
+    """Orthogonal subtraction (Eq. 5): x [..., D] minus its projection onto `base` [..., D].
 
-    Eq. 6 prints the projection on a base of length 1; as deltas are to be orthogonal, others are divided by its square.
+    Eq. 6 prints the projection onto a base of norm 1. For deltas to be orthogonal to any base, it is divided by the
+    squared norm.
     """
-    share = (x * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-12)
-    return x - share * base
+    scale = (x * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    return x - scale * base
 
 
-def delta(single: Tensor, composed: Tensor, class_single: Tensor, class_composed: Tensor) -> Tensor:
-    """Eq. 4 for one kind of feature [..., D]: 1 less the mean cosine of what the composition does to both.
+def delta_loss(single: Tensor, composed: Tensor, class_single: Tensor, class_composed: Tensor) -> Tensor:
+    """Eq. 4 for one kind of feature [..., D]: 1 minus the mean cosine of the deltas of person and class word.
 
-    Features that it leaves alone, as those of the words ahead of it, do not count.
+    Features that the composition does not change, such as those of the tokens before it, are ignored.
     """
-    subject, other = orthogonal(composed, single), orthogonal(class_composed, class_single)
-    told = (subject.norm(dim=-1) > LEAST * composed.norm(dim=-1)) & (
-        other.norm(dim=-1) > LEAST * class_composed.norm(dim=-1)
+    delta, class_delta = subtract_projection(composed, single), subtract_projection(class_composed, class_single)
+    changed = (delta.norm(dim=-1) > MIN_DELTA_RATIO * composed.norm(dim=-1)) & (
+        class_delta.norm(dim=-1) > MIN_DELTA_RATIO * class_composed.norm(dim=-1)
     )
-    # Ones in place of the others: their gradients must be 0, and not 0 times infinity.
-    wrong = 1 - cosine_similarity(subject.where(told[..., None], 1), other.where(told[..., None], 1), dim=-1)
-    return (wrong * told).sum() / told.sum().clamp(min=1)
+    # Ignored features are replaced with ones, so that their gradients are 0 instead of 0 times infinity.
+    distance = 1 - cosine_similarity(
+        delta.where(changed[..., None], 1), class_delta.where(changed[..., None], 1), dim=-1
+    )
+    return (distance * changed).sum() / changed.sum().clamp(min=1)
 
 
-def attention_maps(queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-    """How places [n, P, C] attend to words [n, W, C], by word: [n, heads, W, P]."""
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (queries, keys))
+def compute_attention_maps(queries: Tensor, keys: Tensor, num_heads: int) -> Tensor:
+    """Attention of positions [n, P, C] to tokens [n, T, C], by token: [n, heads, T, P]."""
+    q, k = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (queries, keys))
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mT
 
 
-def matching(single: Tensor, composed: Tensor) -> Tensor:
-    """Eq. 7: how queries [n, P, C] of one picture match those of another, unscaled: [n, P, P]."""
+def match_queries(single: Tensor, composed: Tensor) -> Tensor:
+    """Eq. 7: unscaled attention [n, P, P] between the queries [n, P, C] of two images."""
     return (single @ composed.mT).softmax(-1)
 
 
-def preserving(match: Tensor, composed: Tensor, single: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 8: 1 less the mean cosine, within mask [n, P], of features [n, P, C] and those that match them."""
-    wrong = 1 - cosine_similarity(match @ composed, single, dim=-1)
-    return (wrong * mask).sum() / mask.sum().clamp(min=1e-6)
+def face_preserving_loss(matches: Tensor, composed: Tensor, single: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 8: 1 minus the mean cosine, within mask [n, P], of features [n, P, C] and the composed image's matches."""
+    distance = 1 - cosine_similarity(matches @ composed, single, dim=-1)
+    return (distance * mask).sum() / mask.sum().clamp(min=1e-6)

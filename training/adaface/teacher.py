@@ -1,7 +1,7 @@
-"""A teacher of Arc2Face's kind (Papantoniou et al. 2403.11641): faces become words of a text encoder trained for it.
+"""Arc2Face (Papantoniou et al. 2403.11641), AdaFace's teacher: face embeddings as tokens of a finetuned text encoder.
 
-It begins as the base's text encoder and UNet. There is no text but "photo of a id person"; what is painted is another
-picture of the same person.
+Text encoder and UNet are initialized from the base model. The prompt is always "photo of a id person"; the target is
+another image of the same person.
 """
 
 from __future__ import annotations
@@ -15,81 +15,95 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...likeness import arc2face, own_file
+from ...likeness.checkpoints import native_metadata
+from ...likeness.methods import arc2face
 from ...likeness.spec import Arc2FaceSpec
 from ...nodes.loaders import files
-from ..base import unet
-from ..base.source import Source
+from ..base_models import unet
+from ..data.image_source import ImageSource
 from ..task import Batch
-from . import words
-from .faces import FaceTask
-from .faces import Settings as FaceSettings
+from . import prompt_tokens
+from .face_task import FaceTask, FaceTaskConfig
 
-UNET = "_unet.safetensors"
-# What of the UNet is trained, by the names of its parameters.
-TRAINS: Mapping[str, Callable[[str], bool]] = {
+UNET_FILE_SUFFIX = "_unet.safetensors"
+# Which UNet parameters are trained, by name.
+TRAINABLE_UNET_PARTS: Mapping[str, Callable[[str], bool]] = {
     "all": lambda _: True, "attentions": lambda name: ".attn2." in name, "nothing": lambda _: False,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(FaceSettings):
-    """`trains` says what of the UNet is, a key of TRAINS; `no_face` is the part with the empty prompt.
+class Arc2FaceConfig(FaceTaskConfig):
+    """`trainable_unet_part` is a key of TRAINABLE_UNET_PARTS; `face_dropout` is the probability of the empty prompt.
 
-    The text encoder learns at the part `slower` of the rate: a small one, whose faces disturb the UNet at first, would
-    hush them before they tell people apart.
+    `encoder_lr_scale` scales the learning rate of the text encoder. The face tokens of a small, untrained text encoder
+    disturb the UNet, and at the full rate it would learn to suppress them before they distinguish people.
     """
 
-    trains: str = "all"
-    slower: float = 1.0
-    no_face: float = 0.1
+    trainable_unet_part: str = "all"
+    encoder_lr_scale: float = 1.0
+    face_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.trains not in TRAINS:
-            raise ValueError(f"got trains = {self.trains!r} in [task]; expected {' or '.join(TRAINS)}")
+        if self.trainable_unet_part not in TRAINABLE_UNET_PARTS:
+            raise ValueError(
+                f"got trainable_unet_part = {self.trainable_unet_part!r} in [task]; "
+                f"expected {' or '.join(TRAINABLE_UNET_PARTS)}"
+            )
 
 
-class Teacher(FaceTask[Settings]):
-    """Loss: the mean squared difference of the noise and what the model says it is."""
+class Arc2FaceTask(FaceTask[Arc2FaceConfig]):
+    """Trains text encoder and UNet. Loss: the mean squared error of the predicted noise."""
 
-    def __init__(self, settings: Settings, source: Source, _seed: int) -> None:
+    def __init__(self, settings: Arc2FaceConfig, source: ImageSource, _seed: int) -> None:
         super().__init__(settings, source)
-        self.text = words.text_model(self.frozen.text)
+        self.text = prompt_tokens.build_trainable_text_model(self.frozen.text_encoder)
         self.model: Any = self.frozen.model
         for name, value in self.model.named_parameters():
-            value.requires_grad_(TRAINS[settings.trains](name))
+            value.requires_grad_(TRAINABLE_UNET_PARTS[settings.trainable_unet_part](name))
 
-    def share(self, name: str) -> float:
-        return self.settings.slower if name.startswith("text.") else 1.0
+    def learning_rate_scale(self, name: str) -> float:
+        return self.settings.encoder_lr_scale if name.startswith("text.") else 1.0
 
     @property
-    def parts(self) -> tuple[float, float, float]:
-        return 0.0, self.settings.no_face, 0.0
+    def dropout_rates(self) -> tuple[float, float, float]:
+        return 0.0, self.settings.face_dropout, 0.0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            batch = self.looked(batch)
-            given = unet.Noised.of(self.model, batch)
-        faces, nobody = self.prompts(batch["read"], ())
-        text = torch.where(batch["faceless"][:, None, None], nobody, faces)
-        told = {"counts": batch.get("counts"), "c_crossattn": text}
-        return {"noise": unet.wrong_noise(self.model, given, self.settings.snr, **told)}
+            batch = self.encode_batch(batch)
+            noised = unet.NoisedLatents.from_batch(self.model, batch)
+        faces, no_face = self.encode_conditions(batch["face_features"], ())
+        text = torch.where(batch["drop_face"][:, None, None], no_face, faces)
+        loss = unet.denoising_loss(
+            self.model, noised, self.settings.snr_gamma, batch.get("loss_weights"), c_crossattn=text
+        )
+        return {"noise": loss}
 
-    def painter(self) -> Any:
+    def get_base_model(self) -> Any:
         return self.model
 
-    def prompts(self, faces: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return arc2face.tokens(self.text, faces), arc2face.nothing(self.text, faces.device)
+    def encode_conditions(self, face_embeddings: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        faces = arc2face.encode_face_prompt(self.text, face_embeddings)
+        return faces, arc2face.encode_empty_prompt(self.text, face_embeddings.device)
 
-    def save(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        """The text encoder under the settings' name, for Load AdaFace, and the UNet beside it."""
-        heads = self.text.layers[0].self_attn.heads
-        spec = Arc2FaceSpec(words.base_of(self.text), heads, (self.reader.feature,), notes)
+    def save_model(self, folder: Path, notes: Mapping[str, Any]) -> None:
+        """The text encoder under the config's `file` name, for Load AdaFace, and the UNet next to it."""
+        num_heads = self.text.layers[0].self_attn.num_heads
+        spec = Arc2FaceSpec(prompt_tokens.detect_base_family(self.text), num_heads, (self.reader.feature,), notes)
         name = self.settings.file
-        save_file(words.tensors_of(self.text, words.ENCODER), folder / f"{name}.safetensors", arc2face.metadata(spec))
+        save_file(
+            prompt_tokens.collect_text_tensors(self.text, prompt_tokens.HOST_TEXT_PREFIX),
+            folder / f"{name}.safetensors",
+            arc2face.make_arc2face_metadata(spec),
+        )
         weights = self.model.diffusion_model.state_dict()
-        tensors = {unet.PREFIX + key: value.half().contiguous() for key, value in weights.items()}
-        base = files.told(Path(self.settings.unet)) or {}  # whose settings were read when it was loaded
-        kept = {key: base["settings"][key] for key in ("config", "prediction") if key in base["settings"]}
-        told = {**asdict(self.settings), **kept}
-        save_file(tensors, folder / f"{name}{UNET}", own_file.metadata("unet", "SD1.5", notes, settings=told))
+        tensors = {unet.UNET_PREFIX + key: value.half().contiguous() for key, value in weights.items()}
+        base_settings = (files.read_native_metadata(Path(self.settings.unet)) or {})["settings"]
+        base_keys = {key: base_settings[key] for key in ("config", "prediction") if key in base_settings}
+        settings = {**asdict(self.settings), **base_keys}
+        save_file(
+            tensors,
+            folder / f"{name}{UNET_FILE_SUFFIX}",
+            native_metadata.make_native_metadata("unet", "SD1.5", notes, settings=settings),
+        )

@@ -1,1 +1,1 @@
-"""Adapters for a base stack that is trained already, through the attention code that runs them."""
+"""Training tasks for identity adapters on a frozen base model."""

@@ -1,7 +1,7 @@
 """Infinite-ID (arXiv 2403.11781): identity-enhanced training of face mapper, CLIP mapper and image cross-attention.
 
-The text's cross-attention is off, so that the identity alone says what the picture shows (Sec. 3.2). It returns when
-the adapter is used, beside mixed attention with a stream of the text, of which training knows nothing.
+Text cross-attention is deactivated, so that the model is conditioned on the identity alone (Sec. 3.2). It is active
+again at inference, together with mixed attention and a text stream, which take no part in training.
 """
 
 from __future__ import annotations
@@ -16,126 +16,156 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...likeness import detect
-from ...likeness import infinite_id as math
-from ...likeness.decoupled import DecoupledAdapter, FaceProjection, InfiniteProjection
+from ...likeness.checkpoints import checkpoint_detection
+from ...likeness.methods import infinite_id
+from ...likeness.methods.ip_adapter import DecoupledAdapter
+from ...likeness.methods.projectors import FaceIDProjection, InfiniteIDProjection
 from ...likeness.spec import AdapterSpec, Identity, Person
-from ...nodes.attention import mixed, unet
-from ...nodes.attention.injection import ALWAYS, GIVEN
-from ...nodes.attention.patch import attach
-from ...nodes.attention.streams import OWN
+from ...nodes.attention import apply_mixed, unet_layers
+from ...nodes.attention.injection import ATTENTION_OUTPUT_OPTION, FULL_WINDOW
+from ...nodes.attention.patch import attach_injection
+from ...nodes.attention.text_stream import OWN_TEXT_STREAM
 from ...nodes.types import LoadedAdapter
-from ..base import recogniser
-from ..base.source import Source
-from ..task import Batch, start
-from . import stack
-from .decoupled import begin_as_text
-from .readers import ArcFace, Both, Vision
+from ..base_models import face_recognizer
+from ..data.image_source import ImageSource
+from ..task import Batch, init_weights
+from . import adapter_task
+from .decoupled import copy_text_key_values
+from .face_encoders import ArcFaceReader, CLIPVisionReader, FaceAndImageReader
 
 OPERATIONS = comfy.ops.disable_weight_init
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(stack.Settings):
-    """`recogniser` gives the vectors of the face `pack`, `vision` the states of a CLIP tower, both of aligned faces.
+class InfiniteIDConfig(adapter_task.PeopleTaskConfig):
+    """`recognizer` is the file that computes the embeddings of the face `pack`, `vision` that of a CLIP vision tower;
+    both encode aligned faces.
 
-    Where training is not `enhanced` (the paper's ablation), the text's cross-attention stays on. `no_text` is the part
-    without the caption, `no_face` that without the face, `neither` that without both. `tokens` stand for the vector,
-    `inner` is the width inside its mapper. `unconditional` is the spec's.
+    Without `identity_enhanced` (the paper's ablation), text cross-attention stays active. `caption_dropout`,
+    `face_dropout` and `face_and_caption_dropout` are the probabilities of dropping the caption alone, the face alone,
+    and both. The face mapper makes `num_tokens` tokens of the embedding, with a hidden width of `projector_width`.
+    `unconditional` is that of AdapterSpec.
     """
 
-    recogniser: str
+    recognizer: str
     vision: str
     pack: str = "demo"
-    enhanced: bool = True
-    tokens: int = 4
-    inner: int = 1024
-    no_text: float = 0.05
-    no_face: float = 0.05
-    neither: float = 0.05
+    identity_enhanced: bool = True
+    num_tokens: int = 4
+    projector_width: int = 1024
+    caption_dropout: float = 0.05
+    face_dropout: float = 0.05
+    face_and_caption_dropout: float = 0.05
     unconditional: str = "zero"
 
     def __post_init__(self) -> None:
-        if self.unconditional not in math.UNCONDITIONAL:
+        if self.unconditional not in infinite_id.UNCONDITIONAL_MODES:
             raise ValueError(
-                f"got unconditional = {self.unconditional!r} in [task]; expected {' or '.join(math.UNCONDITIONAL)}"
+                f"got unconditional = {self.unconditional!r} in [task]; "
+                f"expected {' or '.join(infinite_id.UNCONDITIONAL_MODES)}"
             )
 
 
-class Alone(mixed.MixedCross):
-    """The identity's cross-attention in the place of the text's."""
+class BatchCrossTerm(apply_mixed.MixedCrossTerm):
+    """Row i of a batch sees face i alone."""
 
-    def term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        return super().term(state, q, options) - options[GIVEN]
-
-
-CROSS: Mapping[bool, type[mixed.MixedCross]] = {True: Alone, False: mixed.MixedCross}  # by Settings.enhanced
+    @property
+    def has_face_per_row(self) -> bool:
+        return True
 
 
-class InfiniteID(stack.AdapterTask[Settings]):
-    """The image cross-attention begins with the keys and values of the text."""
+class IdentityOnlyTerm(BatchCrossTerm):
+    """Cross-attention to the identity instead of the text."""
 
-    def __init__(self, settings: Settings, source: Source, seed: int) -> None:
+    def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
+        return super().compute_term(state, q, options) - options[ATTENTION_OUTPUT_OPTION]
+
+
+CROSS_ATTENTION_TERMS: Mapping[bool, type[BatchCrossTerm]] = {
+    True: IdentityOnlyTerm,
+    False: BatchCrossTerm,
+}  # by InfiniteIDConfig.identity_enhanced
+
+
+class InfiniteIDTask(adapter_task.AdapterTask[InfiniteIDConfig]):
+    """The image cross-attention is initialized with the key and value projections of the text."""
+
+    def __init__(self, settings: InfiniteIDConfig, source: ImageSource, seed: int) -> None:
         super().__init__(settings, source)
-        vision = Vision(Path(settings.vision), "last", "face224")
-        self.both = Both(ArcFace(Path(settings.recogniser), settings.pack), vision)
-        self.read_pool(Path(settings.vision))
-        net: Any = self.frozen.model.diffusion_model
-        self.sites, self.states = unet.sites(net), vision.zero().shape[1]
-        layers, needs = tuple(site.hidden for site in self.sites), (self.both.face.feature, vision.feature)
+        vision = CLIPVisionReader(Path(settings.vision), "last", "face224")
+        self.face_and_image_reader = FaceAndImageReader(ArcFaceReader(Path(settings.recognizer), settings.pack), vision)
+        self.cache_pool_faces(Path(settings.vision))
+        unet: Any = self.frozen.model.diffusion_model
+        self.unet_layers = unet_layers.list_unet_layers(unet)
+        self.num_clip_states = vision.make_uncond_features().shape[1]
         self.spec = AdapterSpec(
-            math.KIND, detect.BASES[len(layers)], self.states + settings.tokens, self.sites[0].context, layers, needs,
+            kind=infinite_id.KIND,
+            base=checkpoint_detection.BASES_BY_LAYER_COUNT[len(self.unet_layers)],
+            tokens=self.num_clip_states + settings.num_tokens,
+            width=self.unet_layers[0].context_dim,
+            layers=tuple(layer.hidden_size for layer in self.unet_layers),
+            needs=(self.face_and_image_reader.face_reader.feature, vision.feature),
             unconditional=settings.unconditional,
-        )  # fmt: skip
-        made: Any = build(settings, self.spec, vision.width)
-        self.adapter, self.held = made, stack.Held(made)
-        start(made, seed)
-        begin_as_text(made, net)
-        self.begin()
+        )
+        self.adapter: Any = build_infinite_id_adapter(settings, self.spec, vision.width)
+        self.adapter_patchers = adapter_task.DevicePatchers(self.adapter)
+        init_weights(self.adapter, seed)
+        copy_text_key_values(self.adapter, unet)
+        self.load_initial_weights()
 
     @property
-    def reader(self) -> Both:
-        return self.both
+    def reader(self) -> FaceAndImageReader:
+        return self.face_and_image_reader
 
     @property
-    def parts(self) -> tuple[float, float, float]:
-        told = self.settings
-        if not told.enhanced:
-            return told.no_text, told.no_face, told.neither
-        gone = told.no_face + told.neither
-        return 1 - gone, 0.0, gone
+    def dropout_rates(self) -> tuple[float, float, float]:
+        config = self.settings
+        if not config.identity_enhanced:
+            return config.caption_dropout, config.face_dropout, config.face_and_caption_dropout
+        face_rate = config.face_dropout + config.face_and_caption_dropout
+        return 1 - face_rate, 0.0, face_rate
 
-    def faces(self, batch: Batch) -> Tensor:
-        return batch["read"].masked_fill(batch["faceless"][:, None], 0.0)
+    def get_face_features(self, batch: Batch) -> Tensor:
+        return batch["face_features"].masked_fill(batch["drop_face"][:, None], 0.0)
 
-    def injection(self, model: ModelPatcher, read: Tensor) -> mixed.MixedCross:
-        return self._cross(CROSS[self.settings.enhanced], model, read)
+    def make_injection(self, model: ModelPatcher, face_features: Tensor) -> BatchCrossTerm:
+        return self._make_cross_term(CROSS_ATTENTION_TERMS[self.settings.identity_enhanced], model, face_features)
 
-    def applied(self, model: ModelPatcher, read: Tensor) -> ModelPatcher:
-        """By mixed attention with a text stream of its own, as the node has it unless told."""
-        patched = attach(model, self._cross(mixed.MixedCross, model, read))
-        itself = mixed.MixedSelf(mixed.beside(self.sites), "mixed", "none", 1.0, ALWAYS)
-        return attach(patched, itself, stream=OWN)
+    def apply_adapter(self, model: ModelPatcher, face_features: Tensor) -> ModelPatcher:
+        """With mixed attention and a text stream with its own latent, the defaults of Apply Identity (Mixed)."""
+        patched = attach_injection(model, self._make_cross_term(BatchCrossTerm, model, face_features))
+        self_extension = apply_mixed.MixedSelfExtension(
+            apply_mixed.list_self_attention_places(self.unet_layers), "mixed", "none", 1.0, FULL_WINDOW
+        )
+        return attach_injection(patched, self_extension, text_stream=OWN_TEXT_STREAM)
 
-    def _cross(self, kind: type[mixed.MixedCross], model: ModelPatcher, read: Tensor) -> mixed.MixedCross:
-        loaded = LoadedAdapter(self.spec, self.held.on(model.load_device), {}, self.settings.file)
-        return bound(kind, loaded, self.both.features(read), unet.fitting(self.spec, model))
+    def _make_cross_term(
+        self, term_class: type[BatchCrossTerm], model: ModelPatcher, face_features: Tensor
+    ) -> BatchCrossTerm:
+        loaded = LoadedAdapter(self.spec, self.adapter_patchers.get_patcher(model.load_device), {}, self.settings.file)
+        features = self.face_and_image_reader.split_features(face_features)
+        return make_infinite_id_term(term_class, loaded, features, unet_layers.match_unet_layers(self.spec, model))
 
-    def file(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return self.adapter.state_dict(), math.metadata(self.spec, self.states, notes)
-
-
-def build(settings: Settings, spec: AdapterSpec, states: int) -> DecoupledAdapter:
-    """The adapter without weights, for CLIP states of this width."""
-    face = FaceProjection(recogniser.VECTOR, settings.inner, settings.tokens, spec.width, OPERATIONS)
-    return DecoupledAdapter(spec, InfiniteProjection(states, spec.width, face, OPERATIONS), OPERATIONS)
+    def make_file_contents(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return self.adapter.state_dict(), infinite_id.make_infinite_id_metadata(self.spec, self.num_clip_states, notes)
 
 
-def bound(
-    kind: type[mixed.MixedCross], loaded: LoadedAdapter, read: Mapping[str, Tensor], sites: Sequence[unet.Site]
-) -> mixed.MixedCross:
-    """The adapter bound to faces by what was read of them, by encoder id [n, ...]: face i in row i."""
-    ones = torch.ones(len(next(iter(read.values()))))
+def build_infinite_id_adapter(settings: InfiniteIDConfig, spec: AdapterSpec, states_width: int) -> DecoupledAdapter:
+    """The adapter with uninitialized weights, for CLIP hidden states of width `states_width`."""
+    face_mapper = FaceIDProjection(
+        face_recognizer.EMBEDDING_SIZE, settings.projector_width, settings.num_tokens, spec.width, OPERATIONS
+    )
+    return DecoupledAdapter(spec, InfiniteIDProjection(states_width, spec.width, face_mapper, OPERATIONS), OPERATIONS)
+
+
+def make_infinite_id_term(
+    term_class: type[BatchCrossTerm],
+    loaded: LoadedAdapter,
+    features: Mapping[str, Tensor],
+    layers: Sequence[unet_layers.UNetLayer],
+) -> BatchCrossTerm:
+    """The adapter bound to face features [n, ...] by encoder id, face i for row i."""
+    ones = torch.ones(len(next(iter(features.values()))))
     box, kps = torch.zeros(len(ones), 4), torch.zeros(len(ones), 5, 2)
-    person = Person(Identity("batch", box, kps, ones, ones, embeddings=read))
-    return kind(loaded, [person], sites, 1.0, "none", "stacked", ALWAYS, unfold=True)
+    person = Person(Identity("batch", box, kps, ones, ones, embeddings=features))
+    return term_class(loaded, [person], layers, 1.0, "none", "stacked", FULL_WINDOW)

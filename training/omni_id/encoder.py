@@ -1,4 +1,4 @@
-"""The encoder E, likeness/omni_id.py's own, with its gradient: made anew, read from a file, written to one."""
+"""The Omni-ID encoder E of likeness/methods/omni_id.py for training: initialize, load and save it."""
 
 from __future__ import annotations
 
@@ -14,126 +14,143 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...likeness import keymaps, omni_id
-from ...likeness.omni_id import OmniID
+from ...likeness.checkpoints import key_maps
+from ...likeness.methods import omni_id
+from ...likeness.methods.omni_id import OmniIDModel
 from ...likeness.spec import OmniIDSpec
-from ...nodes.loaders import towers
-from ..task import start
+from ...nodes.loaders import vision_towers
+from ..task import init_weights
 
-FILE = "omni_id.safetensors"
-VISUAL = "visual."  # under which OpenCLIP's checkpoints have the trunk
-VISION = "vision_model."  # and transformers', whose q, k and v are three there
-TRUNK = "trunk."
+ENCODER_FILE = "omni_id.safetensors"
+OPEN_CLIP_PREFIX = "visual."  # of the vision tower in OpenCLIP checkpoints
+TRANSFORMERS_PREFIX = "vision_model."  # and in the transformers layout, with separate q, k and v
+TRUNK_PREFIX = "trunk."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """`image_size` and `patch` in pixels; `features` and `layers` are the trunk's, which begins as the vision tower
-    `trunk` if one is named, OpenCLIP's or in the transformers' layout; `projection` is CLIP's, which nothing reads.
-    `tokens` are `width` wide, and `inner` inside their MLPs.
+class OmniIDEncoderConfig:
+    """`image_size` and `patch_size` are in pixels. The trunk has `trunk_layers` layers of `trunk_width`. It starts from
+    the vision tower in the file `init_trunk_from`, in OpenCLIP's or the transformers layout, unless that is empty.
+    `projection_width` is the width of CLIP's image embedding, which is unused. The encoder makes `num_tokens` tokens of
+    `width`, with MLPs of `mlp_width`.
     """
 
     image_size: int = 112
-    patch: int = 14
-    features: int = 128
-    layers: int = 4
-    projection: int = 128
+    patch_size: int = 14
+    trunk_width: int = 128
+    trunk_layers: int = 4
+    projection_width: int = 128
     activation: str = "gelu"
-    trunk: str = ""
-    tokens: int = 64
+    init_trunk_from: str = ""
+    num_tokens: int = 64
     width: int = 128
-    heads: int = 4
-    inner: int = 256
+    num_heads: int = 4
+    mlp_width: int = 256
     cross_blocks: int = 2
     self_blocks: int = 2
 
     @property
     def spec(self) -> OmniIDSpec:
         return OmniIDSpec(
-            image_size=self.image_size, patch=self.patch, features=self.features, activation=self.activation,
-            tokens=self.tokens, width=self.width, heads=self.heads, inner=self.inner,
-            cross_blocks=self.cross_blocks, self_blocks=self.self_blocks,
+            image_size=self.image_size, patch_size=self.patch_size, trunk_width=self.trunk_width,
+            activation=self.activation, tokens=self.num_tokens, width=self.width, heads=self.num_heads,
+            mlp_width=self.mlp_width, cross_blocks=self.cross_blocks, self_blocks=self.self_blocks,
         )  # fmt: skip
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None) -> Tensor:
-    """torch's own, which is fast in both directions (omni_id.Attention)."""
-    return attention_pytorch(q, k, v, heads, mask=bias)
+def run_pytorch_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bias: Tensor | None) -> Tensor:
+    """PyTorch attention, as omni_id.MultiHeadAttentionFunction: fast forward and backward."""
+    return attention_pytorch(q, k, v, num_heads, mask=bias)
 
 
-def fresh(sizes: Sizes, seed: int) -> OmniID:
-    """An encoder of first weights; its trunk may begin as CLIP's. Raises ValueError where that has other sizes."""
-    spec, inner = sizes.spec, 4 * sizes.features
-    tower = towers.Sizes(spec.features, sizes.layers, spec.patch, spec.side**2 + 1, inner, sizes.projection)
-    module = OmniID(spec, towers.transformer(tower, spec.activation == "quick_gelu"), nn, attention)
-    start(module, seed)
-    if sizes.trunk:
-        module.trunk.load_state_dict(_trunk(Path(sizes.trunk), module))
-    return trainable(module)
+def build_trainable_encoder(config: OmniIDEncoderConfig, seed: int) -> OmniIDModel:
+    """An initialized encoder. Raises ValueError if the vision tower for its trunk has other sizes."""
+    spec = config.spec
+    sizes = vision_towers.TowerSizes(
+        spec.trunk_width,
+        config.trunk_layers,
+        spec.patch_size,
+        spec.patches_per_side**2 + 1,
+        4 * config.trunk_width,
+        config.projection_width,
+    )
+    trunk = vision_towers.build_open_clip_transformer(sizes, spec.activation == "quick_gelu")
+    module = OmniIDModel(spec, trunk, nn, run_pytorch_attention)
+    init_weights(module, seed)
+    if config.init_trunk_from:
+        module.trunk.load_state_dict(_load_trunk_weights(Path(config.init_trunk_from), module))
+    return make_encoder_trainable(module)
 
 
-def _trunk(file: Path, module: OmniID) -> dict[str, Tensor]:
+def _load_trunk_weights(file: Path, module: OmniIDModel) -> dict[str, Tensor]:
     try:
-        found = _named(load_file(file))
-        told = omni_id.fitted({omni_id.POSITIONS: found["positional_embedding"]}, module.spec)
-        found = {key: value.float() for key, value in (found | keymaps.under(told, TRUNK)).items()}
+        tensors = _rename_to_open_clip(load_file(file))
+        positions = omni_id.interpolate_position_embeddings(
+            {omni_id.POSITION_EMBEDDING_NAME: tensors["positional_embedding"]}, module.spec
+        )
+        tensors |= key_maps.select_prefix(positions, TRUNK_PREFIX)
+        tensors = {key: value.float() for key, value in tensors.items()}
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"got {file} ({str(error).splitlines()[0]}); expected a CLIP vision tower") from error
-    own = {key: value.shape for key, value in module.trunk.state_dict().items()}
-    if own != {key: value.shape for key, value in found.items()}:
+    expected = {key: value.shape for key, value in module.trunk.state_dict().items()}
+    if expected != {key: value.shape for key, value in tensors.items()}:
         raise ValueError(
-            f"got {file}, another network than [task] says; expected one of its features, layers and patch"
+            f"got {file}, whose sizes differ from those in [task]; expected a vision tower with the same "
+            "trunk_width, trunk_layers, projection_width and patch_size"
         )
-    return found
+    return tensors
 
 
-def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A vision tower's tensors by OpenCLIP's names."""
-    if not any(key.startswith(VISION) for key in tensors):
-        return keymaps.under(tensors, VISUAL)
-    found = keymaps.rename(tensors, keymaps.CLIP_VISION)
-    found["proj"] = found["proj"].mT
-    for key in [key for key in found if ".attn.q_" in key]:
-        parts = [found.pop(key.replace(".attn.q_", f".attn.{part}_")) for part in "qkv"]
-        found[key.replace(".attn.q_", ".attn.in_proj_")] = torch.cat(parts)
-    return found
+def _rename_to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A vision tower's tensors in OpenCLIP's layout."""
+    if not any(key.startswith(TRANSFORMERS_PREFIX) for key in tensors):
+        return key_maps.select_prefix(tensors, OPEN_CLIP_PREFIX)
+    renamed = key_maps.rename_keys(tensors, key_maps.CLIP_VISION)
+    renamed["proj"] = renamed["proj"].mT
+    for key in [key for key in renamed if ".attn.q_" in key]:
+        parts = [renamed.pop(key.replace(".attn.q_", f".attn.{part}_")) for part in "qkv"]
+        renamed[key.replace(".attn.q_", ".attn.in_proj_")] = torch.cat(parts)
+    return renamed
 
 
-def trainable(module: OmniID) -> OmniID:
-    """All that the tokens come of has a gradient; what makes CLIP's own embedding of the trunk's states has none."""
+def make_encoder_trainable(module: OmniIDModel) -> OmniIDModel:
+    """Enable gradients for all parameters that the tokens depend on: all but those of CLIP's image embedding."""
     trunk: Any = module.requires_grad_(True).trunk
     trunk.proj.requires_grad_(False)
     trunk.ln_post.requires_grad_(module.spec.states == "normed")
     return module
 
 
-def load(file: Path) -> OmniID:
-    """The encoder of a file of the pack's own, frozen. Raises ValueError where the file is not one."""
+def load_encoder_file(file: Path) -> OmniIDModel:
+    """The frozen encoder of a native file. Raises ValueError on other files."""
     try:
         with safe_open(file, "pt") as opened:
-            told: Mapping[str, Any] = json.loads((opened.metadata() or {})["likeness"])
+            metadata: Mapping[str, Any] = json.loads((opened.metadata() or {})["likeness"])
         tensors = {key: value.float() for key, value in load_file(file).items()}
     except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"got {file} ({str(error).splitlines()[0]}); expected an Omni-ID encoder; train omni_masked first"
         ) from error
-    spec = omni_id.read_spec(tensors, told, file.name)
-    tensors = omni_id.fitted(tensors, spec)
-    tower = towers.tower_of(keymaps.under(tensors, TRUNK), file.name, spec.activation)
-    return omni_id.build(spec, tensors, tower.module, nn, attention).eval().requires_grad_(False)
+    spec = omni_id.read_omni_id_spec(tensors, metadata, file.name)
+    tensors = omni_id.interpolate_position_embeddings(tensors, spec)
+    tower = vision_towers.build_vision_tower(key_maps.select_prefix(tensors, TRUNK_PREFIX), file.name, spec.activation)
+    module = omni_id.build_omni_id_model(spec, tensors, tower.module, nn, run_pytorch_attention)
+    return module.eval().requires_grad_(False)
 
 
-def save(module: OmniID, folder: Path, notes: Mapping[str, Any], name: str = FILE) -> None:
-    """Write what Load Omni-ID Encoder reads, under that name."""
+def save_encoder_file(
+    module: OmniIDModel, folder: Path, notes: Mapping[str, Any], file_name: str = ENCODER_FILE
+) -> None:
+    """Write a file for Load Omni-ID Encoder."""
     tensors = {key: value.half().contiguous() for key, value in module.state_dict().items()}
-    save_file(tensors, folder / name, omni_id.metadata(replace(module.spec, notes=dict(notes))))
+    save_file(tensors, folder / file_name, omni_id.make_omni_id_metadata(replace(module.spec, notes=dict(notes))))
 
 
-def states(module: OmniID, faces: Tensor) -> Tensor:
-    """f: what the trunk sees of faces [n, S, S, 3 or 4], uint8, one by one: [n, S', features]."""
-    return module.states(omni_id.normed(faces[..., :3].to(module.queries) / 255))
+def extract_face_states(module: OmniIDModel, faces: Tensor) -> Tensor:
+    """f: the trunk's hidden states [n, S', trunk_width] of faces [n, S, S, 3 or 4], uint8, each encoded by itself."""
+    return module.extract_states(omni_id.normalize_images(faces[..., :3].to(module.queries) / 255))
 
 
-def tokens(module: OmniID, seen: Tensor, people: int) -> Tensor:
-    """E: the tokens [people, L, C] of states [people * n, S', features], n photos of each."""
-    return module.read(seen.unflatten(0, (people, -1)).flatten(1, 2))
+def encode_face_tokens(module: OmniIDModel, trunk_states: Tensor, num_people: int) -> Tensor:
+    """E: tokens [num_people, L, C] of trunk states [num_people * n, S', trunk_width], n photos encoded jointly."""
+    return module.encode_states(trunk_states.unflatten(0, (num_people, -1)).flatten(1, 2))

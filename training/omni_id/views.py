@@ -1,6 +1,6 @@
-"""Few to many (Sec. 3.2): pictures of a person that are read, and those to reconstruct; faces as the encoder sees them.
+"""Few to many (Sec. 3.2): sampling of input images and target images of a person, and aligned face crops.
 
-A face is uint8 [S, S, 4]: its picture in the encoder's framing, and where in it is face rather than background.
+A face is uint8 [S, S, 4]: the crop as the encoder expects it, and a face mask as the fourth channel.
 """
 
 from __future__ import annotations
@@ -11,75 +11,88 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from ...likeness import faces
-from ..base import latents, portraits
-from ..base.portraits import Shards
-from ..base.source import some
-from ..data import View
+from ...likeness.faces import alignment
+from ..base_models import latents
+from ..data import shard_source
+from ..data.clusters import AnnotatedImage
+from ..data.image_source import random_indices
+from ..data.shard_source import ShardSource
 
-APART = 15.0  # degrees, of any two poses of somebody (MFHQ, Sec. 3.4)
+MIN_POSE_DISTANCE = 15.0  # degrees between any two head poses of a person (MFHQ, Sec. 3.4)
 
-Clusters = Sequence[Sequence[int]]
-
-
-def shards(source: object, each: int) -> Shards:
-    """The source with its people's views. Raises ValueError where there are none."""
-    return portraits.shards(source, f" --apart {APART:g} --each {each} --pairs 0")
+PersonClusters = Sequence[Sequence[int]]
 
 
-def check(least: int, most: int, targets: int, each: int) -> None:
-    """Raise ValueError where of `each` pictures these cannot be read and reconstructed."""
-    if not (0 < least <= most <= each and 0 < targets <= each):
+def require_view_shards(source: object, images_per_person: int) -> ShardSource:
+    """The source, if it is a folder of shards. Raises ValueError otherwise."""
+    return shard_source.require_shards(
+        source, f" --min-pose-distance {MIN_POSE_DISTANCE:g} --images-per-person {images_per_person} --pairs 0"
+    )
+
+
+def check_view_counts(min_images: int, max_images: int, num_targets: int, images_per_person: int) -> None:
+    """Raise ValueError unless `images_per_person` images suffice for the inputs and for the targets."""
+    if not (0 < min_images <= max_images <= images_per_person and 0 < num_targets <= images_per_person):
         raise ValueError(
-            f"got least, most, targets, each = {least}, {most}, {targets}, {each} in [task]; "
-            "expected 1 <= least <= most <= each and 1 <= targets <= each"
+            f"got min_images = {min_images}, max_images = {max_images}, num_targets = {num_targets}, "
+            f"images_per_person = {images_per_person} in [task]; expected 1 <= min_images <= max_images <= "
+            "images_per_person and 1 <= num_targets <= images_per_person"
         )
 
 
-def people(source: Shards, below: int, count: int, each: int) -> Clusters:
-    """The pictures of everyone who has `each`, by number, of the first `below` pictures, for at most `count` people.
+def list_complete_clusters(
+    source: ShardSource, num_images: int, max_people: int, images_per_person: int
+) -> PersonClusters:
+    """Image indices of each person with `images_per_person` images among the first `num_images`, or all if that is 0.
 
-    0 is all of them. Raises ValueError where there is nobody.
+    At most `max_people` people. Raises ValueError if there are none.
     """
-    below = below or len(source)
-    found = [numbers for numbers in source.clusters(below, count, each) if len(numbers) == each]
-    if not found:
+    num_images = num_images or len(source)
+    clusters = source.list_clusters(num_images, max_people, images_per_person)
+    complete = [cluster for cluster in clusters if len(cluster) == images_per_person]
+    if not complete:
         raise ValueError(
-            f"got nobody with {each} of the first {below} pictures; expected some; raise pool or lower each"
+            f"got no person with {images_per_person} images among the first {num_images}; expected at least one; "
+            "raise cached_samples or lower images_per_person"
         )
-    return found
+    return complete
 
 
-def few_to_many(
-    chance: Generator, clusters: Clusters, size: int, few: tuple[int, int], many: int
+def sample_few_to_many(
+    generator: Generator, clusters: PersonClusters, num_people: int, image_range: tuple[int, int], num_targets: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Of `size` people the pictures that are read, X_s, as many of each, and those to reconstruct, X_r.
+    """Input images X_s and target images X_r of `num_people` random people, as image indices.
 
-    How many are read is uniform from the least to the most of `few`. What is read may be among what is reconstructed.
+    The number of inputs is the same for all people, uniform in `image_range`. Inputs may be among the targets.
     """
-    count = few[0] + int(torch.randint(few[1] - few[0] + 1, (), generator=chance))
-    who = [clusters[one] for one in some(chance, size, len(clusters))]
+    least, most = image_range
+    num_inputs = least + int(torch.randint(most - least + 1, (), generator=generator))
+    people = [clusters[index] for index in random_indices(generator, num_people, len(clusters))]
 
-    def of_each(number: int) -> list[list[int]]:
-        return [[own[i] for i in torch.randperm(len(own), generator=chance)[:number].tolist()] for own in who]
+    def sample_images(count: int) -> list[list[int]]:
+        return [
+            [cluster[i] for i in torch.randperm(len(cluster), generator=generator)[:count].tolist()]
+            for cluster in people
+        ]
 
-    return of_each(count), of_each(many)
-
-
-def face(view: View, size: int) -> Tensor:
-    """The face of a picture, uint8 [size, size, 4]."""
-    whole = torch.cat((view.picture.float() / 255, view.mask[..., None].float()), dim=-1)
-    return faces.pixels(faces.align(whole, view.kps, size))
+    return sample_images(num_inputs), sample_images(num_targets)
 
 
-def pool(source: Shards, clusters: Clusters, size: int) -> dict[int, Tensor]:
-    """The faces of all these pictures by their numbers, cut once and kept beside the shards."""
-    order = [number for own in clusters for number in own]
-    first = source.view(order[0]).picture.numpy().tobytes()
-    digest = hashlib.sha256(f"{size} {order}".encode() + first).hexdigest()[:8]
+def crop_view_face(sample: AnnotatedImage, face_size: int) -> Tensor:
+    """The aligned face of an image with its mask, uint8 [face_size, face_size, 4]."""
+    masked_image = torch.cat((sample.image.float() / 255, sample.mask[..., None].float()), dim=-1)
+    return alignment.convert_to_uint8(alignment.align_face(masked_image, sample.kps, face_size))
 
-    def make(places: range) -> Tensor:
-        return torch.stack([face(source.view(order[place % len(order)]), size) for place in places])
 
-    kept = latents.kept(source.folder / f"faces-{digest}-{size}", len(order), make)
-    return dict(zip(order, kept, strict=True))
+def cache_aligned_faces(source: ShardSource, clusters: PersonClusters, face_size: int) -> dict[int, Tensor]:
+    """The faces of all images of the clusters by image index, computed once and cached next to the shards."""
+    order = [index for cluster in clusters for index in cluster]
+    first = source.load_original_image(order[0]).image.numpy().tobytes()
+    digest = hashlib.sha256(f"{face_size} {order}".encode() + first).hexdigest()[:8]
+
+    def crop_faces(positions: range) -> Tensor:
+        images = [source.load_original_image(order[position % len(order)]) for position in positions]
+        return torch.stack([crop_view_face(image, face_size) for image in images])
+
+    faces = latents.cache_tensors(source.folder / f"faces-{digest}-{face_size}", len(order), crop_faces)
+    return dict(zip(order, faces, strict=True))

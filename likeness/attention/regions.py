@@ -1,0 +1,159 @@
+"""Regions: where in the image each person may appear, and which queries of a layer that allows.
+
+A region is a mask [B, H, W] of the image, 0 to 1, or None for all of it. A mask of another size is stretched to the
+image. With B above 1 each image of a batch has its own mask; the masks repeat if the batch has more images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+from ..spec import Identity, People, Person
+
+OUTSIDE_MODES = ("all", "none")
+MIN_CELL_COVERAGE = 0.5
+MAX_ASPECT_RATIO_MISMATCH = 1.05  # of mask and image, above which the user is warned
+
+
+def convert_to_people(identity_or_people: Identity | People) -> People:
+    """The value of an `identity` socket as people: a single identity may appear everywhere, at strength 1."""
+    return (Person(identity_or_people),) if isinstance(identity_or_people, Identity) else identity_or_people
+
+
+def validate_mask(mask: Tensor, person_name: str) -> Tensor:
+    """A mask as a region [B, H, W] in 0..1. Raises ValueError if it is empty, not finite or of another shape."""
+    mask = mask.detach().float().cpu()
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.ndim != 3:
+        raise ValueError(
+            f"got a mask of shape {list(mask.shape)} for {person_name!r}; expected [images, height, width]; "
+            "connect a MASK"
+        )
+    if not mask.isfinite().all():
+        raise ValueError(f"got a mask for {person_name!r} with NaN or infinity; expected 0 to 1; make the mask again")
+    empty = [i + 1 for i, image_mask in enumerate(mask) if not bool((image_mask > 0).any())]
+    if empty:
+        raise ValueError(
+            f"got an empty mask for {person_name!r} (image {empty[0]} of {len(mask)}); expected white where the person "
+            "may appear; paint it, or leave the mask unconnected for the full image"
+        )
+    return mask.clamp(0, 1)
+
+
+def compute_coverage(mask: Tensor, height: int, width: int) -> Tensor:
+    """The covered area of each cell of a latent grid: [B, H, W] -> [B, height * width], 0 to 1."""
+    return interpolate(mask[:, None], (height, width), mode="area").flatten(1)
+
+
+def find_inside_queries(mask: Tensor, height: int, width: int) -> Tensor:
+    """The queries of a layer inside a region: [B, H, W] -> bool [B, height * width].
+
+    A cell is inside if at least half of it is covered. Of a region too small for that, the cells covered most are.
+    """
+    coverage = compute_coverage(mask, height, width)
+    largest = coverage.amax(dim=1, keepdim=True)
+    return coverage >= largest.clamp(max=MIN_CELL_COVERAGE)
+
+
+def is_region_too_small(mask: Tensor, height: int, width: int) -> bool:
+    """Whether a region covers less than half of every cell of a latent grid, in at least one image."""
+    return bool((compute_coverage(mask, height, width).amax(dim=1) < MIN_CELL_COVERAGE).any())
+
+
+def compute_visible_queries(
+    regions: Sequence[Tensor | None], height: int, width: int, outside: str = "all"
+) -> list[Tensor]:
+    """The queries that may see each identity's keys: bool [B, height * width], one per region (fused KV, Eq. 7).
+
+    A query inside another identity's mask may not see it; a query outside all masks sees all identities, one inside two
+    masks neither. With `outside` "none" an identity is only visible inside its own mask, if it has one.
+    """
+    inside = [None if mask is None else find_inside_queries(mask, height, width) for mask in regions]
+    everywhere = torch.ones(1, height * width, dtype=torch.bool)
+    visible: list[Tensor] = []
+    for i, own in enumerate(inside):
+        others = [other for j, other in enumerate(inside) if j != i and other is not None]
+        queries = own if outside == "none" and own is not None else everywhere
+        for other in others:
+            queries = queries & ~repeat_for_rows(other, max(len(queries), len(other)))
+        visible.append(queries)
+    return visible
+
+
+def repeat_for_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    """[B, ...] for `num_rows` images: a single one serves all, several are repeated in order."""
+    return tensor if len(tensor) in (1, num_rows) else tensor[torch.arange(num_rows) % len(tensor)]
+
+
+def feather_mask(mask: Tensor, pixels: int) -> Tensor:
+    """A region [B, H, W] whose edge falls from 1 to 0 over `pixels` on either side."""
+    if pixels <= 0:
+        return mask
+    for _ in range(2):  # two box blurs make a tent filter
+        mask = avg_pool2d(mask[:, None], 2 * (pixels // 2) + 1, 1, pixels // 2, count_include_pad=False)[:, 0]
+    return mask
+
+
+def rasterize_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Boxes [n, 4] of x0, y0, x1, y1 in pixels as masks [n, H, W] with antialiased edges."""
+    x, y = torch.arange(width).float(), torch.arange(height).float()
+    x0, y0, x1, y1 = (edge[:, None] for edge in boxes.float().unbind(1))
+    across = (torch.minimum(x + 1, x1) - torch.maximum(x, x0)).clamp(0, 1)
+    down = (torch.minimum(y + 1, y1) - torch.maximum(y, y0)).clamp(0, 1)
+    return down[:, :, None] * across[:, None, :]
+
+
+def _assign_nearest(masks: Tensor, centers: Tensor) -> Tensor:
+    """A pixel in several regions belongs to the one with the nearest centre."""
+    n, height, width = masks.shape
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    distance = (x - centers[:, 0, None, None]) ** 2 + (y - centers[:, 1, None, None]) ** 2
+    nearest = torch.where(masks > 0, distance, torch.inf).argmin(dim=0)
+    return masks * (nearest == torch.arange(n)[:, None, None])
+
+
+def _assign_first(masks: Tensor, centers: Tensor) -> Tensor:
+    """Later regions lose what earlier ones cover."""
+    uncovered = torch.cat((torch.ones_like(masks[:1]), (1 - masks).cumprod(dim=0)[:-1]))
+    return masks * uncovered
+
+
+def _share_overlap(masks: Tensor, centers: Tensor) -> Tensor:
+    """Overlapping regions share their pixels."""
+    return masks / masks.sum(dim=0).clamp(min=1)
+
+
+# Which of several regions a pixel belongs to: masks [n, H, W] and their centres [n, 2] as x, y -> masks [n, H, W].
+OVERLAP_RULES = {"exclusive": _assign_nearest, "priority": _assign_first, "soft": _share_overlap}
+
+
+def make_box_regions(boxes: Tensor, height: int, width: int, feather: int, overlap: str) -> Tensor:
+    """Regions [n, H, W] of boxes [n, 4] in pixels, with feathered edges; `overlap` is a key of OVERLAP_RULES."""
+    masks = OVERLAP_RULES[overlap](rasterize_boxes(boxes, height, width), (boxes[:, :2] + boxes[:, 2:]).float() / 2)
+    return feather_mask(masks, feather)
+
+
+def sort_left_to_right(boxes: Tensor) -> Tensor:
+    """Boxes [n, 4] sorted by the x of their centres."""
+    return boxes[(boxes[:, 0] + boxes[:, 2]).argsort(stable=True)]
+
+
+def parse_boxes(text: str) -> Tensor:
+    """Boxes [n, 4] from lines `left, top, right, bottom`, as fractions of the image, 0 to 1. Raises ValueError."""
+    boxes = []
+    for line in filter(None, (line.strip() for line in text.replace(";", "\n").splitlines())):
+        try:
+            x0, y0, x1, y1 = (float(part) for part in line.split(","))
+        except ValueError:
+            x0 = y0 = x1 = y1 = -1.0
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise ValueError(
+                f"got the box {line!r}; expected left, top, right, bottom as fractions of the image, 0 to 1, "
+                "like 0.1, 0.2, 0.4, 0.9; one box per line, from left to right"
+            )
+        boxes.append((x0, y0, x1, y1))
+    return torch.tensor(boxes).view(-1, 4)

@@ -1,0 +1,1 @@
+"""Encoders whose outputs the adapters read: CLIP and SigLIP image encoders, CLIP's text encoder, token embeddings."""

@@ -1,0 +1,1 @@
+"""Faces in photos: alignment and crops, detection, quality, landmarks, drawing."""

@@ -1,0 +1,1 @@
+"""Operations on identities: merge, mix, compare, save and load."""

@@ -1,0 +1,1 @@
+"""FlashFace: the Apply node for reference attention, its added layers, and the face position."""

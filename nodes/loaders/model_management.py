@@ -1,0 +1,40 @@
+"""Weights and caches under ComfyUI's memory management."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ...likeness.attention.feature_cache import DEFAULT_CACHE_BYTES, ReferenceFeatureCache
+
+FEATURE_CACHE_BYTES = DEFAULT_CACHE_BYTES
+
+
+def make_feature_cache(max_bytes: int) -> ReferenceFeatureCache:
+    """A cache in system memory that also shrinks when free memory runs low."""
+
+    def get_free_memory() -> int:
+        return int(comfy.model_management.get_free_memory(torch.device("cpu")))  # pyright: ignore[reportArgumentType]
+
+    return ReferenceFeatureCache(max_bytes, get_free_memory)
+
+
+def make_model_patcher(module: nn.Module) -> ModelPatcher:
+    """A ModelPatcher for inference: ComfyUI loads, offloads and frees the module."""
+    return ModelPatcher(
+        module.eval().requires_grad_(False),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def make_encoder_patcher(module: nn.Module) -> ModelPatcher:
+    """The same for an encoder, in float32 if float16 is slow or unsupported on its device."""
+    device = comfy.model_management.text_encoder_device()
+    if comfy.model_management.should_use_fp16(device) is False:
+        module.float()
+    return ModelPatcher(
+        module.eval().requires_grad_(False), device, comfy.model_management.text_encoder_offload_device()
+    )

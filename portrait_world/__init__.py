@@ -1,0 +1,1 @@
+"""Portrait World: drawn people, the small models trained on them, their evaluation, report and gallery."""

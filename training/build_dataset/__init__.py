@@ -1,0 +1,1 @@
+"""Makes WebDataset shards of people from folders of photos; see build.py."""

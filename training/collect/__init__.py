@@ -1,1 +1,0 @@
-"""From folders of photos to shards of people; see run.py."""

@@ -1,0 +1,1 @@
+"""Training data: image sources, WebDataset shards, batches of several images per person."""

@@ -1,1 +1,0 @@
-"""How Portrait World is drawn: people, scenes, and the parts of a picture."""
