@@ -1,4 +1,4 @@
-"""ComfyUI-Likeness: keeps a person recognisable in generated pictures. The host calls `comfy_entrypoint`."""
+"""ComfyUI-Likeness: keeps a person recognizable in generated images. ComfyUI calls `comfy_entrypoint`."""
 
 from __future__ import annotations
 

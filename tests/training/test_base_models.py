@@ -71,16 +71,16 @@ def test_comfyui_loads_the_vae(trained: Path) -> None:
     assert metadata["kind"] == "vae" and metadata["notes"]["steps"] == 2
     assert metadata["settings"]["resolution"] == 32
     host = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
-    picture = image_source.load_images(DISC_WORLD, [3], 64).movedim(1, -1)
+    image = image_source.load_images(DISC_WORLD, [3], 64).movedim(1, -1)
     with torch.inference_mode():
-        latent = host.encode(picture)
+        latent = host.encode(image)
         back = host.decode(latent)
     assert latent.shape == (1, 4, 8, 8) and back.shape == (1, 64, 64, 3)
     own = vae.load_vae(file)
     with torch.no_grad():
-        assert torch.allclose(latent, own.encode(picture.movedim(-1, 1) * 2 - 1), atol=1e-3)
+        assert torch.allclose(latent, own.encode(image.movedim(-1, 1) * 2 - 1), atol=1e-3)
     # The model's latents have the scale that the VAE's losses ask for.
-    assert torch.allclose(latent * 0.18215, own.taesd_encoder(picture.movedim(-1, 1)), atol=1e-3)
+    assert torch.allclose(latent * 0.18215, own.taesd_encoder(image.movedim(-1, 1)), atol=1e-3)
 
 
 def test_the_vae_starts_from_a_file(trained: Path) -> None:
@@ -131,9 +131,9 @@ def test_comfyui_loads_the_vision_tower(trained: Path) -> None:
     file = trained / "clip" / "model" / clip_pair.VISION_FILE
     host = comfy.clip_vision.ClipVisionModel(read_metadata(file)["settings"]["config"])
     assert host.load_sd(load_file(file)) == ([], [])
-    picture = image_source.load_images(DISC_WORLD, [3, 4], 64).movedim(1, -1)
+    image = image_source.load_images(DISC_WORLD, [3, 4], 64).movedim(1, -1)
     with torch.inference_mode():
-        out = host.encode_image(picture)
+        out = host.encode_image(image)
     assert out["image_embeds"].shape == (2, 32) and out["penultimate_hidden_states"].shape == (2, 17, 32)
     assert not torch.allclose(out["image_embeds"][0], out["image_embeds"][1])
 
@@ -215,8 +215,8 @@ def test_comfyui_samples_the_unet(trained: Path) -> None:
             patcher, noise, positive=positive, negative=negative, latent_image=torch.zeros_like(noise),
             disable_pbar=True, seed=1, **SAMPLER_DEFAULTS,
         )  # fmt: skip
-        picture = comfy.sd.VAE(sd=load_file(trained / "vae" / "model" / vae.VAE_FILE)).decode(latent)
-    assert picture.shape == (1, 32, 32, 3) and bool(picture.isfinite().all())
+        image = comfy.sd.VAE(sd=load_file(trained / "vae" / "model" / vae.VAE_FILE)).decode(latent)
+    assert image.shape == (1, 32, 32, 3) and bool(image.isfinite().all())
     assert read_metadata(file)["base"] == "SD1.5"
 
 
