@@ -24,7 +24,7 @@ FLUX_JOINT_ATTENTION = "flux_joint_attention"  # the same for the text and the i
 FLUX_BLOCK_QUERIES = "flux_block_queries"  # computed from the queries, added to the stream behind the block
 FLUX_BLOCK_STREAM = "flux_block_stream"  # computed from the stream behind the block, added to it
 
-TOKEN_GRID_OPTION = "likeness_token_grid"  # in the transformer_options of FLUX: height and width of the image in tokens
+TOKEN_GRID_OPTION = "likeness_token_grid"  # in the options of FLUX: height and width of the image in tokens
 
 
 def keep_queries(q: Tensor, k: Tensor, v: Tensor, *, extra_options: dict[str, Any], **_: Any) -> dict[str, Tensor]:

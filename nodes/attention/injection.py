@@ -16,7 +16,7 @@ from torch import Tensor
 from ...likeness.attention.grouped_attention import KeyValueBlock
 
 ATTN1_OUTPUT = "attn1_output"
-# Keys in the transformer_options of a layer.
+# Keys in the options that a layer gets.
 PROJECTED_OUTPUT_OPTION = "likeness_projected_output"  # output of a self-attention behind its projection
 ATTENTION_OUTPUT_OPTION = "likeness_attention_output"  # output of an attention, before any term
 KEYS_VALUES_OPTION = "likeness_keys_values"  # keys and values that the attention reads, of all rows

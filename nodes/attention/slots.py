@@ -26,7 +26,7 @@ from .injection import (
     PatchPlace,
 )
 
-LIKENESS_KEY = "likeness"  # in the transformer_options of a model call: its CallState
+LIKENESS_KEY = "likeness"  # in the options of a model call: its CallState
 SELF_ATTENTION_INPUT_OPTION = "likeness_self_attention_input"
 
 AttentionReplacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]

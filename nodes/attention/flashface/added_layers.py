@@ -14,7 +14,7 @@ from ..injection import ATTN1_OUTPUT, FULL_WINDOW, AttentionTerm, ModelCall, Pat
 from ..patch import attach_injection, run_attention_backend
 from ..unet_layers import list_unet_layers
 
-# In the transformer_options of a layer: the SelfAttentionOutput of its added layer.
+# In the options that a layer gets: the SelfAttentionOutput of its added layer.
 ADDED_LAYER_OUTPUT_OPTION = "likeness_added_layer_output"
 
 
