@@ -64,7 +64,7 @@ class ClipVisionEncoder:
 def embed_faces(
     selected_faces: Sequence[SelectedFace], analyzer: types.FaceAnalyzerProtocol | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The raw ArcFace vectors [n, 512] of the faces, and the hash of the recogniser's file, by encoder id."""
+    """The raw ArcFace vectors [n, 512] of the faces, and the hash of the recognizer's file, by encoder id."""
     if analyzer is None:
         return {}, {}
     vectors = torch.stack(

@@ -120,7 +120,7 @@ class LoadedPrompter:
 class FaceAnalyzerProtocol(Protocol):
     """Passes through LIKENESS_FACE_ANALYZER. Photos are uint8 RGB [H, W, 3].
 
-    `feature` names the recogniser as encoder ids do; `sha256` is the hash of its file. `detect` runs the detector at
+    `feature` names the recognizer as encoder ids do; `sha256` is the hash of its file. `detect` runs the detector at
     the given input size in pixels. `embed` returns the raw ArcFace vector [512] of a face.
     """
 

@@ -1,4 +1,4 @@
-"""Load Face Analyzer: insightface's detector and recogniser from a model pack on disk. Downloads nothing."""
+"""Load Face Analyzer: insightface's detector and recognizer from a model pack on disk. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EXECUTION_PROVIDERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 AUTO_PROVIDER_ORDER = ("cuda", "rocm", "coreml", "directml", "openvino", "cpu")
 
-# Several packs share a recogniser, and users rename packs, so known files name the network.
+# Several packs share a recognizer, and users rename packs, so known files name the network.
 RECOGNIZER_PACKS = {
     "w600k_r50.onnx": "buffalo_l", "glintr100.onnx": "antelopev2", "w600k_mbf.onnx": "buffalo_s",
     "arcface.onnx": "arc2face",
@@ -41,7 +41,7 @@ RECOGNIZER_PACKS = {
 class FaceAnalyzer:
     """Detects faces and computes ArcFace vectors (types.FaceAnalyzerProtocol).
 
-    `network` names the recogniser as encoder ids do, `arcface.<pack>`; `sha256` is the hash of its file.
+    `network` names the recognizer as encoder ids do, `arcface.<pack>`; `sha256` is the hash of its file.
     """
 
     network: str
@@ -121,7 +121,7 @@ def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
     path = Path(recognizer.model_file)
     network = f"arcface.{RECOGNIZER_PACKS.get(path.name, folder.name.lower())}"
     analyzer = FaceAnalyzer(network, files.hash_file(path), detector, recognizer)
-    names = f"detector {Path(detector.model_file).name}, recogniser {path.name} ({network})"
+    names = f"detector {Path(detector.model_file).name}, recognizer {path.name} ({network})"
     lines = [f"{folder.name}: {names}, on {running}."]
     if requested[0] not in running:  # only with auto
         lines.append(f"Warning: {requested[0]} is available but did not start, which is slower; check the driver.")
@@ -131,7 +131,7 @@ def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
 def _load_networks(
     face_analysis: Callable[..., Any], folder: Path, requested: Sequence[str], fall_back_to_cpu: bool
 ) -> tuple[Any, Any]:
-    """A pack's detector and recogniser on the requested providers, optionally on the CPU if those fail.
+    """A pack's detector and recognizer on the requested providers, optionally on the CPU if those fail.
 
     Raises ValueError if a file is damaged or missing.
     """
@@ -145,11 +145,11 @@ def _load_networks(
         except Exception as error:
             first_error = first_error or error
     names = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
-    known_errors = {"": "no detector among them", "'recognition'": "no recogniser among them"}
+    known_errors = {"": "no detector among them", "'recognition'": "no recognizer among them"}
     reason = known_errors.get(str(first_error)) or str(first_error).splitlines()[0][:160]
     raise ValueError(
         f"got the model pack {folder.name} with {names}, which cannot be loaded ({reason}); expected a detector and an "
-        "ArcFace recogniser; a file may be cut short: unpack the pack again"
+        "ArcFace recognizer; a file may be cut short: unpack the pack again"
     ) from first_error
 
 

@@ -191,13 +191,13 @@ def cut_file(path: Path) -> None:
 
 DAMAGES: dict[str, Any] = {
     "detector cut short": lambda pack: cut_file(pack / DETECTOR),
-    "recogniser cut short": lambda pack: cut_file(pack / RECOGNIZER),
+    "recognizer cut short": lambda pack: cut_file(pack / RECOGNIZER),
     "empty": lambda pack: (pack / RECOGNIZER).write_bytes(b""),
     "a web page": lambda pack: (pack / RECOGNIZER).write_text("<html>Sign in</html>"),
     "a pointer": lambda pack: (pack / DETECTOR).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0"),
     "noise": lambda pack: (pack / DETECTOR).write_bytes(bytes(range(256)) * 40),
     "no detector": lambda pack: (pack / DETECTOR).unlink(),
-    "no recogniser": lambda pack: (pack / RECOGNIZER).unlink(),
+    "no recognizer": lambda pack: (pack / RECOGNIZER).unlink(),
 }
 
 

@@ -300,7 +300,7 @@ def test_variation_does_not_depend_on_the_number_of_photos() -> None:
     )
 
 
-def test_arc2face_prefers_its_own_recogniser() -> None:
+def test_arc2face_prefers_its_own_recognizer() -> None:
     preferred, other = arc2face.FACE_FEATURES
     both = make_arcface_identity()
     key, rows = preferred.format_encoder_id("ab" * 32), torch.randn(1, 512)

@@ -29,7 +29,7 @@ def test_insightface_runs_the_recognizer(network: str, tmp_path: Path, models: P
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     (trained / "recogniser.onnx").rename(models / "buffalo_l" / "w600k_r50.onnx")
     found, report = face_analyzer.load_face_analyzer("buffalo_l", "cpu")
-    assert found.recognizer.input_mean == found.recognizer.input_std == 127.5 and "recogniser" in report
+    assert found.recognizer.input_mean == found.recognizer.input_std == 127.5 and "recognizer" in report
     face = DISC_WORLD.load_aligned_face(2, 7)
     with torch.no_grad():
         expected = made[0].eval().network(face_recognizer.normalize_faces([face]))[0]
