@@ -9,11 +9,17 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from ..spec import Face
-from .alignment import LUMA_WEIGHTS, align_face
+from .alignment import ARCFACE_TEMPLATE, LUMA_WEIGHTS, align_face
+from .landmarks import KEYPOINT_DEPTHS
 
 MIN_SHARPNESS = 60.0  # variance of the Laplacian of the 112 pixel crop, in gray levels squared
 MIN_FACE_SIZE = 64  # pixels; ArcFace's input is 112
 MAX_FRONTAL_ANGLE = 35.0  # degrees
+
+# Of the template face, in distances between the eyes: how far the nose lies below the eyes, and in front of them.
+_EYE_DISTANCE = ARCFACE_TEMPLATE[1][0] - ARCFACE_TEMPLATE[0][0]
+NOSE_DROP = (ARCFACE_TEMPLATE[2][1] - (ARCFACE_TEMPLATE[0][1] + ARCFACE_TEMPLATE[1][1]) / 2) / _EYE_DISTANCE
+NOSE_DEPTH = (KEYPOINT_DEPTHS[2] - KEYPOINT_DEPTHS[0]) / _EYE_DISTANCE
 
 
 def compute_sharpness(photo: Tensor, face: Face) -> float:
@@ -24,19 +30,23 @@ def compute_sharpness(photo: Tensor, face: Face) -> float:
 
 
 def estimate_pose(face: Face) -> tuple[float, float, float]:
-    """Approximate yaw, pitch and roll in degrees from the five key points; 0 is frontal.
+    """Approximate yaw, pitch and roll in degrees from the five key points, as the viewer sees them; 0 is frontal.
 
-    Yaw and pitch come from the position of the nose between eyes and mouth corners, roll from the line of the eyes.
+    Positive yaw turns to the right, pitch up, roll clockwise. Roll comes from the line of the eyes, yaw from the nose
+    between eyes and mouth corners. Pitch comes from the nose and the eyes alone, because a smile raises the mouth. A
+    long nose looks like a lowered head: a lowered head is therefore measured too small, -17 degrees at -45.
     """
     left, right, nose, mouth_left, mouth_right = face.kps.double()
     eyes, mouth = (left + right) / 2, (mouth_left + mouth_right) / 2
-    across, down = right - left, mouth - eyes
-    width, height = float(across.norm()) or 1.0, float(down.norm()) or 1.0
+    across = right - left
+    width = float(across.norm()) or 1.0
     roll = math.degrees(math.atan2(float(across[1]), float(across[0])))
     center = (eyes + mouth) / 2
     yaw = math.degrees(math.asin(_clamp_to_unit(2 * float((nose - center) @ across) / width**2)))
-    frontal = 0.49  # position of the nose between eyes (0) and mouth (1) in ArcFace's template
-    pitch = math.degrees(math.asin(_clamp_to_unit(2 * (float((nose - eyes) @ down) / height**2 - frontal))))
+    side = float((nose - eyes) @ across) / width
+    drop = float(across[0] * (nose - eyes)[1] - across[1] * (nose - eyes)[0]) / width
+    # A turned head brings the eyes closer together and moves the nose aside: both give the size of the face.
+    pitch = math.degrees(math.atan((NOSE_DROP - drop / math.hypot(width, side / NOSE_DEPTH)) / NOSE_DEPTH))
     return yaw, pitch, roll
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_likeness.likeness.faces import alignment, detection, quality
+from comfyui_likeness.likeness.faces import alignment, detection, landmarks, quality
 from comfyui_likeness.likeness.spec import CROP_NAMES, FACE_CROP_SIZES, Face
 from comfyui_likeness.tools.standins import face_networks
 from support.golden import assert_close, read_golden_cases
@@ -238,12 +238,32 @@ def test_pose() -> None:
     nose[2] = torch.tensor([14.0, 0.0])
     yaw, _, _ = quality.estimate_pose(Face(straight.box, straight.kps + nose, 1.0))
     assert yaw > quality.MAX_FRONTAL_ANGLE
-    _, pitch, _ = quality.estimate_pose(Face(straight.box, straight.kps + nose.flip(1), 1.0))
+    _, pitch, _ = quality.estimate_pose(Face(straight.box, straight.kps - nose.flip(1), 1.0))
     assert pitch > quality.MAX_FRONTAL_ANGLE
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])  # a quarter, clockwise as seen
     assert quality.estimate_pose(Face(straight.box, straight.kps @ turn, 1.0))[2] == pytest.approx(90, abs=1)
     same = Face(straight.box, torch.zeros(5, 2), 1.0)
     assert all(abs(angle) <= 90 for angle in quality.estimate_pose(same))
+
+
+def test_a_smile_is_no_nod() -> None:
+    for yaw in (0.0, -25.0):
+        level = landmarks.make_posed_keypoints(112, (56, 56), yaw, 0, 0)
+        smile = level.clone()
+        smile[3:] += torch.tensor([[-5.0, -10.0], [5.0, -10.0]])  # the corners of the mouth move up and apart
+        pitches = [quality.estimate_pose(Face(torch.zeros(4), kps, 1.0))[1] for kps in (level, smile)]
+        assert pitches == pytest.approx([0, 0], abs=1)
+
+
+@pytest.mark.parametrize("roll", [0.0, 40.0])
+def test_the_signs_of_the_pose_are_those_of_the_template_key_points(roll: float) -> None:
+    def estimate(yaw: float, pitch: float) -> tuple[float, float, float]:
+        kps = landmarks.make_posed_keypoints(112, (56, 56), yaw, pitch, roll)
+        return quality.estimate_pose(Face(torch.zeros(4), kps, 1.0))
+
+    for yaw, pitch in ((20.0, 0.0), (-20.0, 0.0), (0.0, 20.0), (0.0, 40.0), (0.0, -15.0)):
+        assert estimate(yaw, pitch) == pytest.approx((yaw, pitch, roll), abs=5)
+    assert abs(estimate(75, 0)[1]) < 5  # almost in profile: the eyes are close together
 
 
 def test_describe_face() -> None:
