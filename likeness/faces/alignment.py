@@ -65,7 +65,13 @@ def warp_photo(photo: Tensor, matrix: Tensor, size: int) -> Tensor:
     pixels = torch.arange(size, dtype=torch.float64)
     source = torch.stack(torch.meshgrid(pixels, pixels, indexing="xy"), dim=-1) - matrix[:, 2].double()
     source = source @ inverse.T  # pixels of the photo, [size, size, 2]
-    grid = (2 * source + 1) / torch.tensor([width, height], dtype=torch.float64) - 1
+    # Only the pixels around the crop are converted, because photos are much larger than faces.
+    low, high = source.nan_to_num().flatten(0, 1).aminmax(dim=0)
+    last = torch.tensor([width, height]) - 1
+    left, top = (low.floor() - 1).clamp(min=0).minimum(last).int().tolist()
+    right, bottom = (high.ceil() + 1).clamp(min=0).minimum(last).int().tolist()
+    photo, source = photo[top : bottom + 1, left : right + 1], source - torch.tensor([left, top])
+    grid = (2 * source + 1) / torch.tensor([photo.shape[1], photo.shape[0]]) - 1
     out = grid_sample(photo.movedim(-1, 0)[None].double(), grid[None], "bilinear", "zeros", align_corners=False)
     return out[0].movedim(0, -1).to(photo.dtype if photo.is_floating_point() else torch.float32)
 
