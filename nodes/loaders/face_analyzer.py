@@ -1,20 +1,19 @@
-"""Load Face Analyzer: insightface's detector and recognizer from a model pack on disk. Downloads nothing."""
+"""Load Face Analyzer: a face detector and a recognizer from a folder on disk. Downloads nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ...likeness.spec import Face, Feature
 from .. import types
-from . import files
+from . import files, insightface_networks, open_face_networks
 
 NO_MODEL_PACK = "none found"
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -37,6 +36,30 @@ RECOGNIZER_PACKS = {
 }  # fmt: skip
 
 
+class FaceDetector(Protocol):
+    """Detects faces; photos are uint8 RGB [H, W, 3]. `session` is onnxruntime's, or None if another library runs it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def session(self) -> Any: ...
+
+    def detect(self, photo: Tensor, size: int) -> list[Face]: ...
+
+
+class FaceRecognizer(Protocol):
+    """Computes ArcFace vectors [512]; photos are uint8 RGB [H, W, 3]. `session` is onnxruntime's."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def session(self) -> Any: ...
+
+    def embed(self, photo: Tensor, face: Face) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class FaceAnalyzer:
     """Detects faces and computes ArcFace vectors (types.FaceAnalyzerProtocol).
@@ -46,35 +69,18 @@ class FaceAnalyzer:
 
     network: str
     sha256: str
-    detector: Any
-    recognizer: Any
+    detector: FaceDetector
+    recognizer: FaceRecognizer
 
     @property
     def feature(self) -> Feature:
         return Feature(self.network, "raw", "face112")
 
     def detect(self, photo: Tensor, size: int) -> list[Face]:
-        """The faces of a photo, uint8 RGB [H, W, 3], with a detector input of `size` pixels."""
-        boxes, points = self.detector.detect(_to_bgr(photo), input_size=(size, size))
-        if points is None:
-            raise ValueError(
-                "got a detector without key points; expected five per face; choose buffalo_l or antelopev2"
-            )
-        return [
-            Face(torch.from_numpy(box[:4].copy()).float(), torch.from_numpy(kps.copy()).float(), float(box[4]))
-            for box, kps in zip(boxes, points, strict=True)
-        ]
+        return self.detector.detect(photo, size)
 
     def embed(self, photo: Tensor, face: Face) -> Tensor:
-        """The raw ArcFace vector [512] of a face in a photo, uint8 RGB [H, W, 3], with insightface's alignment."""
-        from insightface.utils import face_align
-
-        crop = face_align.norm_crop(_to_bgr(photo), face.kps.numpy(), self.recognizer.input_size[0])
-        return torch.from_numpy(self.recognizer.get_feat(crop).flatten().copy()).float()
-
-
-def _to_bgr(photo: Tensor) -> Any:
-    return photo.flip(-1).contiguous().numpy()
+        return self.recognizer.embed(photo, face)
 
 
 def list_model_packs() -> dict[str, Path]:
@@ -109,19 +115,19 @@ def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
     """Load a model pack from any folder of .onnx files, whose name is the pack's."""
     try:
         import onnxruntime
-        from insightface.app import FaceAnalysis
+
+        requested = _select_providers(provider, onnxruntime.get_available_providers())
+        detector, recognizer = _load_networks(folder, requested, fall_back_to_cpu=provider == "auto")
     except ImportError as error:
         raise ValueError(
-            f"could not import insightface ({error}); expected version 2 or newer in ComfyUI's Python; "
-            "run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
+            f"could not import the libraries that run face networks ({error}); expected insightface 2 or newer and "
+            "onnxruntime; run pip install -r requirements.txt in this pack's folder with ComfyUI's Python"
         ) from error
-    requested = _select_providers(provider, onnxruntime.get_available_providers())
-    detector, recognizer = _load_networks(FaceAnalysis, folder, requested, fall_back_to_cpu=provider == "auto")
     running = _get_running_providers(provider, requested, detector, recognizer)
-    path = Path(recognizer.model_file)
+    path = recognizer.path
     network = f"arcface.{RECOGNIZER_PACKS.get(path.name, folder.name.lower())}"
     analyzer = FaceAnalyzer(network, files.hash_file(path), detector, recognizer)
-    names = f"detector {Path(detector.model_file).name}, recognizer {path.name} ({network})"
+    names = f"detector {detector.name}, recognizer {path.name} ({network})"
     lines = [f"{folder.name}: {names}, on {running}."]
     if requested[0] not in running:  # only with auto
         lines.append(f"Warning: {requested[0]} is available but did not start, which is slower; check the driver.")
@@ -129,24 +135,27 @@ def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
 
 
 def _load_networks(
-    face_analysis: Callable[..., Any], folder: Path, requested: Sequence[str], fall_back_to_cpu: bool
-) -> tuple[Any, Any]:
-    """A pack's detector and recognizer on the requested providers, optionally on the CPU if those fail.
+    folder: Path, requested: Sequence[str], fall_back_to_cpu: bool
+) -> tuple[FaceDetector, FaceRecognizer]:
+    """A folder's detector and recognizer on the requested providers, optionally on the CPU if those fail.
 
-    Raises ValueError if a file is damaged or missing.
+    Raises ValueError if a file is damaged or missing, and ImportError.
     """
+    load_networks = (
+        insightface_networks.load_insightface_networks
+        if open_face_networks.is_insightface_pack(folder)
+        else open_face_networks.load_open_face_networks
+    )
     first_error: Exception | None = None
     for providers in (requested, [CPU_PROVIDER]) if fall_back_to_cpu else (requested,):
         try:
-            names = list(dict.fromkeys((*providers, CPU_PROVIDER)))
-            app = face_analysis(str(folder), allowed_modules=["detection", "recognition"], providers=names)
-            app.prepare(ctx_id=0, det_size=(640, 640))
-            return app.models["detection"], app.models["recognition"]
+            return load_networks(folder, list(dict.fromkeys((*providers, CPU_PROVIDER))))
+        except ImportError:
+            raise
         except Exception as error:
             first_error = first_error or error
     names = ", ".join(path.name for path in sorted(folder.glob("*.onnx")))
-    known_errors = {"": "no detector among them", "'recognition'": "no recognizer among them"}
-    reason = known_errors.get(str(first_error)) or str(first_error).splitlines()[0][:160]
+    reason = (str(first_error) or "no detector among them").splitlines()[0][:240]
     raise ValueError(
         f"got the model pack {folder.name} with {names}, which cannot be loaded ({reason}); expected a detector and an "
         "ArcFace recognizer; a file may be cut short: unpack the pack again"
@@ -165,9 +174,9 @@ def _select_providers(provider: str, available: Sequence[str]) -> list[str]:
     return requested
 
 
-def _get_running_providers(provider: str, requested: Sequence[str], *models: Any) -> str:
+def _get_running_providers(provider: str, requested: Sequence[str], *networks: FaceDetector | FaceRecognizer) -> str:
     """The providers that are in use. Raises ValueError if onnxruntime silently fell back from the chosen one."""
-    running = [model.session.get_providers()[0] for model in models]
+    running = [network.session.get_providers()[0] for network in networks if network.session is not None]
     fallback = next((name for name in running if provider != "auto" and name not in requested), None)
     if fallback is not None:
         raise ValueError(
@@ -197,15 +206,17 @@ class LoadFaceAnalyzer(io.ComfyNode):
             node_id="LikenessLoadFaceAnalyzer",
             display_name="Load Face Analyzer",
             category="likeness/loaders",
-            description="Loads an insightface model pack, which detects faces and computes the face embeddings that "
-            "FaceID, InstantID and PuLID need. The report shows the provider in use.",
-            search_aliases=["insightface", "buffalo", "antelope", "arcface"],
+            description="Loads a model pack that detects faces and computes face embeddings: insightface's for FaceID, "
+            "InstantID and PuLID, or another detector and ArcFace network. The report shows the networks and the "
+            "provider in use.",
+            search_aliases=["insightface", "buffalo", "antelope", "arcface", "yunet", "mtcnn"],
             inputs=[
                 io.Combo.Input(
                     "model_pack",
                     options=list(list_model_packs()) or [NO_MODEL_PACK],
-                    tooltip="Folder in models/insightface/models. FaceID and Portrait need buffalo_l; InstantID and "
-                    "PuLID need antelopev2.",
+                    tooltip="Folder of .onnx files in models/insightface/models. FaceID and Portrait need buffalo_l; "
+                    "InstantID and PuLID need antelopev2. Also any ArcFace network of 112 pixels, with YuNet beside "
+                    "it or facenet-pytorch's MTCNN.",
                 ),
                 io.Combo.Input(
                     "provider",

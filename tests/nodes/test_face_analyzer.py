@@ -48,13 +48,14 @@ def test_faces_are_found_at_their_positions(analyzer: face_analyzer.FaceAnalyzer
 
 def test_the_detector_runs_at_every_size(analyzer: face_analyzer.FaceAnalyzer) -> None:
     inputs: list[tuple[int, ...]] = []
-    forward = analyzer.detector.forward
+    model: Any = analyzer.detector.model
+    forward = model.forward
 
     def spy(image: Any, *rest: Any) -> Any:
         inputs.append(image.shape[:2])
         return forward(image, *rest)
 
-    analyzer.detector.forward = spy
+    model.forward = spy
     plain = torch.full((64, 64, 3), 127, dtype=torch.uint8)
     for size in detection.DETECTION_SIZES:
         analyzer.detect(plain, size)
@@ -126,6 +127,7 @@ def test_no_network_access(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert face_analyzer.load_face_analyzer("buffalo_l", "cpu")[0].sha256
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     (models / "buffalo_l" / DETECTOR).unlink()
     with pytest.raises(ValueError, match="no detector"):
         face_analyzer.load_face_analyzer("buffalo_l", "cpu")
@@ -202,7 +204,8 @@ DAMAGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_packs_are_refused(models: Path, how: str) -> None:
+def test_damaged_packs_are_refused(models: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     DAMAGES[how](models / "buffalo_l")
     with pytest.raises(ValueError, match="got the model pack buffalo_l") as error:
         LoadFaceAnalyzer.execute("buffalo_l", "auto")

@@ -82,7 +82,7 @@ asyncio.run(extension.on_load())
 nodes = asyncio.run(extension.get_node_list())
 for node in nodes:
     node.GET_SCHEMA()
-heavy = {"insightface", "open_clip", "onnxruntime", "onnx", "cv2", "skimage", "timm"}
+heavy = {"insightface", "open_clip", "onnxruntime", "onnx", "cv2", "skimage", "timm", "facenet_pytorch"}
 print(len(nodes), *sorted(heavy & (set(sys.modules) - before)))
 """
 
