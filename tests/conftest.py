@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_NAME = "comfyui_likeness"
 
-pytest_plugins = ["support.analyzers", "support.server_fixtures"]
+pytest_plugins = ["support.analyzers", "support.real_people", "support.server_fixtures"]
 
 # The pack's own `nodes` must not hide the host's `nodes.py`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

@@ -9,12 +9,13 @@ import tempfile
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
-from . import host
+from . import host, real_photos
 
 
 def run_suite(version: str) -> str:
     """Run all tests on one ComfyUI; the row of the table."""
     comfyui = host.prepare_host(version, required_modules=host.TEST_MODULES)
+    real_photos.prepare_photos(comfyui.python)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [comfyui.python, "-m", "pytest", "-q", f"--junit-xml={report}"]

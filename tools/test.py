@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from . import host
+from . import host, real_photos
 
 COVERAGE_OPTIONS = ("--cov=likeness", "--cov-report=term-missing:skip-covered", "--cov-fail-under=95")
 SELECTING_OPTIONS = (
@@ -29,6 +29,7 @@ def main(arguments: list[str]) -> int:
             "no Chromium was found: browser tests are skipped (install chromium, or set LIKENESS_CHROMIUM)"
         )
     comfyui = host.prepare_host(required_modules=host.TEST_MODULES)
+    real_photos.prepare_photos(comfyui.python)
     host.print_status(f"testing on {comfyui.path}")
     command = [comfyui.python, "-m", "pytest", *(COVERAGE_OPTIONS if is_whole_suite(arguments) else ()), *arguments]
     return subprocess.run(command, cwd=host.ROOT, env=host.build_environment(comfyui)).returncode
