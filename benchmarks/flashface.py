@@ -19,7 +19,8 @@ from ..likeness.attention.feature_cache import ReferenceFeatureCache
 from ..nodes.attention.flashface.added_layers import ADDED_LAYER_OUTPUT_OPTION
 from ..nodes.attention.flashface.apply_reference import ApplyReference
 from ..nodes.attention.flashface.reference_term import ReferenceTerm, make_attention_function
-from ..nodes.attention.injection import ATTN1_OUTPUT, ModelCall, PatchPlace
+from ..nodes.attention.injection import ATTN1_OUTPUT, PatchPlace
+from ..nodes.attention.model_call import ModelCall
 from ..nodes.attention.patch import attach_injection, capture_attention_inputs, get_branches, get_injections
 from ..nodes.loaders.flashface_loader import build_flashface
 from ..nodes.types import LoadedReferenceNet

@@ -21,7 +21,8 @@ from .. import types
 from . import flux_layers, unet_layers
 from .flux_layers import FluxLayer
 from .identity_attention import ConditionalPair, IdentityAttentionTerm
-from .injection import ATTENTION_OUTPUT_OPTION, ModelCall, PatchPlace, RunCache, SigmaWindow, make_window_inputs
+from .injection import ATTENTION_OUTPUT_OPTION, PatchPlace, RunCache, SigmaWindow, make_window_inputs
+from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
 from .unet_layers import UNetLayer
 

@@ -19,16 +19,9 @@ from ...likeness.methods import fused_kv
 from ...likeness.spec import FusedKVSpec, Identity, People
 from .. import types
 from .face_stream import LATENT_CHANNELS, FaceStreamInjection, encode_images_with_vae, get_weights_key, hash_tensor
-from .injection import (
-    KeyValueBlocks,
-    KeyValueExtension,
-    ModelCall,
-    PatchPlace,
-    RunCache,
-    SigmaWindow,
-    make_window_inputs,
-)
+from .injection import KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache, SigmaWindow, make_window_inputs
 from .layer_masks import get_visible_queries
+from .model_call import ModelCall
 from .patch import attach_injection, capture_attention_inputs
 from .unet_layers import list_unet_layers
 

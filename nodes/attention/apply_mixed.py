@@ -21,12 +21,12 @@ from .injection import (
     KEYS_VALUES_OPTION,
     KeyValueBlocks,
     KeyValueExtension,
-    ModelCall,
     PatchPlace,
     RunCache,
     SigmaWindow,
     make_window_inputs,
 )
+from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
 from .text_stream import OWN_TEXT_STREAM, SHARED_TEXT_STREAM
 from .unet_layers import UNetLayer, match_unet_layers

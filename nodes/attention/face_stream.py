@@ -15,7 +15,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...likeness.attention.feature_cache import CachedTensors, ReferenceFeatureCache
-from .injection import Injection, ModelCall, PatchPlace
+from .injection import Injection, PatchPlace
+from .model_call import ModelCall
 
 LATENT_CHANNELS = 4
 

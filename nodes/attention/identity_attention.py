@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...likeness.methods import ip_adapter
 from .. import types
-from .injection import AttentionTerm, ModelCall, PatchPlace
+from .injection import AttentionTerm, PatchPlace
 from .layer_masks import get_query_coverage
+from .model_call import ModelCall
 
 ConditionalPair = tuple[Tensor, Tensor]  # for rows with and without the identity, [n, T, hidden] each
 

@@ -1,19 +1,19 @@
-"""What an apply node adds to a model: patch places, sigma windows, model calls, guidance branches, injections."""
+"""What an apply node adds to a model: patch places, sigma windows, guidance branches, injections."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ...likeness.attention.grouped_attention import KeyValueBlock
+from .model_call import ModelCall
 
 ATTN1_OUTPUT = "attn1_output"
 # Keys in the options that a layer gets.
@@ -22,8 +22,6 @@ ATTENTION_OUTPUT_OPTION = "likeness_attention_output"  # output of an attention,
 KEYS_VALUES_OPTION = "likeness_keys_values"  # keys and values that the attention reads, of all rows
 FULL_LATENT_SIZE_OPTION = "likeness_full_latent_size"  # height and width of the latent, if a guider sets it
 LATENT_SIZE_OPTION = "likeness_latent_size"  # height and width of the latent that the model gets
-
-TEXT_STREAM_ROLE_PREFIX = "text of "  # a text stream's role is this and the name of its prompt
 
 KeyValueBlocks = tuple[KeyValueBlock, ...]
 State = TypeVar("State")
@@ -95,34 +93,6 @@ def make_window_inputs() -> list[io.Float.Input]:
             tooltip="Part of the sampling after which the identity is no longer applied, 0 to 1.",
         ),
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One call of the diffusion model, as injections see it.
-
-    The batch is `len(roles)` chunks of `rows_per_chunk` rows. A role is the guider's name of the chunk's prompt
-    ("positive"), the name of a guidance branch, or that of a text stream. `timesteps` [B] is the UNet's input; `sigma`
-    is set if any injection needs it; `negative_text` [1, T, C] if the guider has a negative prompt.
-    """
-
-    roles: tuple[str, ...]
-    rows_per_chunk: int
-    dtype: torch.dtype
-    device: torch.device
-    timesteps: Tensor = field(compare=False)
-    sigma: float | None = field(compare=False)
-    negative_text: Tensor | None = field(compare=False)
-
-    @property
-    def is_conditional(self) -> tuple[bool, ...]:
-        """For each chunk, whether it gets the identity: all but negative prompts and text streams."""
-        return tuple("negative" not in role and not self.is_text_stream(role) for role in self.roles)
-
-    @staticmethod
-    def is_text_stream(role: str) -> bool:
-        """Whether a chunk is a text stream. It follows the image's chunk of the same prompt."""
-        return role.startswith(TEXT_STREAM_ROLE_PREFIX)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from ...likeness.attention import regions
 from .flux_terms import TOKEN_GRID_OPTION
-from .injection import FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, ModelCall, RunCache
+from .injection import FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, RunCache
+from .model_call import ModelCall
 
 
 def get_layer_grid(options: dict[str, Any]) -> tuple[int, int]:

@@ -33,12 +33,11 @@ from .injection import (
     ATTN1_OUTPUT,
     FULL_LATENT_SIZE_OPTION,
     LATENT_SIZE_OPTION,
-    TEXT_STREAM_ROLE_PREFIX,
     GuidanceBranch,
     Injection,
-    ModelCall,
     PatchPlace,
 )
+from .model_call import NO_PROMPTS, TEXT_STREAM_ROLE_PREFIX, ModelCall, PromptBatch, count_text_tokens
 from .slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, Attn1OutputPatch, CallState, keep_attention_input
 from .text_stream import (
     NO_TEXT_STREAM,
@@ -52,8 +51,7 @@ from .text_stream import (
 TRANSFORMER_OPTIONS = "transformer_options"
 # Keys in model_options during a prediction, and in transformer_options during a model call.
 GUIDER_CONDS_OPTION, BRANCH_RESULTS_OPTION = "likeness_guider_conds", "likeness_branch_results"
-CHUNK_ROLES_OPTION, NEGATIVE_TEXT_OPTION = "likeness_chunk_roles", "likeness_negative_text"
-SIGMA_OPTION = "likeness_sigma"
+PROMPT_BATCH_OPTION, SIGMA_OPTION = "likeness_prompt_batch", "likeness_sigma"
 
 # Places behind an attention -> the patch that keeps the attention's input, and the patch that adds the terms.
 AFTER_ATTENTION_PATCHES: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
@@ -176,7 +174,7 @@ def training_options(model: ModelPatcher, sigma: float) -> dict[str, Any]:
         TRANSFORMER_OPTIONS: {
             **model.model_options[TRANSFORMER_OPTIONS],
             "wrappers": model.wrappers,
-            SIGMA_OPTION: sigma,
+            PROMPT_BATCH_OPTION: PromptBatch(("positive",), {}, None, sigma),
         }
     }
 
@@ -287,17 +285,19 @@ class ModelWrappers:
         results: _BranchResults | None = model_options.get(BRANCH_RESULTS_OPTION)
         is_first = results is not None and results.positive_prediction is None and "positive" in names
         branch_names = [b.name for b in results.branches] if results is not None and is_first else []
+        all_conds = [*conds, *(list(prompts["positive"]) for _ in branch_names)]
         negative = next(iter(prompts.get("negative") or ()), None)
         options = {
             **model_options.get(TRANSFORMER_OPTIONS, {}),
-            CHUNK_ROLES_OPTION: (*names, *branch_names),
-            NEGATIVE_TEXT_OPTION: None if negative is None else negative["model_conds"]["c_crossattn"].cond,
-            SIGMA_OPTION: model_options.get(SIGMA_OPTION),
+            PROMPT_BATCH_OPTION: PromptBatch(
+                (*names, *branch_names),
+                count_text_tokens(all_conds),
+                None if negative is None else negative["model_conds"]["c_crossattn"].cond,
+                model_options.get(SIGMA_OPTION),
+            ),
             FULL_LATENT_SIZE_OPTION: tuple(x.shape[-2:]),
         }
-        model_options = {**model_options, TRANSFORMER_OPTIONS: options}
-        branch_conds = [list(prompts["positive"]) for _ in branch_names]
-        out = executor(model, [*conds, *branch_conds], x, timestep, model_options)
+        out = executor(model, all_conds, x, timestep, {**model_options, TRANSFORMER_OPTIONS: options})
         if results is not None and is_first:
             results.positive_prediction = out[names.index("positive")]
             results.predictions = dict(zip(branch_names, out[len(conds) :], strict=True))
@@ -378,13 +378,14 @@ def _make_image_rows(call: ModelCall) -> Tensor | None:
 
 
 def _make_model_call(x: Tensor, timesteps: Tensor, options: TransformerOptions, text_stream: str) -> ModelCall:
-    chunks = options.get("cond_or_uncond", (0,))
-    names = options.get(CHUNK_ROLES_OPTION)
+    positions, batch = options.get("cond_or_uncond", (0,)), options.get(PROMPT_BATCH_OPTION, NO_PROMPTS)
     # Without a guider, ComfyUI's order holds: 0 is the positive prompt.
-    roles = tuple(("positive" if index == 0 else "negative") if names is None else names[index] for index in chunks)
+    roles = [batch.names[i] if batch.names else ("negative" if i else "positive") for i in positions]
+    text_lengths = batch.get_text_lengths(positions, options.get("uuids", ()))
     if text_stream != NO_TEXT_STREAM:
-        roles = tuple(role for name in roles for role in (name, f"{TEXT_STREAM_ROLE_PREFIX}{name}"))
+        roles = [role for name in roles for role in (name, f"{TEXT_STREAM_ROLE_PREFIX}{name}")]
+        text_lengths = [length for length in text_lengths for _ in range(2)]
     rows = x.shape[0] // len(roles)
     return ModelCall(
-        roles, rows, x.dtype, x.device, timesteps, options.get(SIGMA_OPTION), options.get(NEGATIVE_TEXT_OPTION)
+        tuple(roles), rows, x.dtype, x.device, timesteps, batch.sigma, batch.negative_text, tuple(text_lengths)
     )

@@ -22,9 +22,9 @@ from .injection import (
     Injection,
     KeyValueBlocks,
     KeyValueExtension,
-    ModelCall,
     PatchPlace,
 )
+from .model_call import ModelCall
 
 LIKENESS_KEY = "likeness"  # in the options of a model call: its CallState
 SELF_ATTENTION_INPUT_OPTION = "likeness_self_attention_input"
@@ -101,7 +101,7 @@ class AttentionSlot:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """The attention; each chunk of rows attends to the blocks that the extensions give it."""
-        call_state = get_call_state(options)
+        call_state, is_text = get_call_state(options), self.place.name == "attn2"
         extensions = [
             (injection, state)
             for injection in self.injections
@@ -118,7 +118,8 @@ class AttentionSlot:
             if out is not None and not chunk_extensions:
                 chunks.append(out[rows])
                 continue
-            extended = self._attend_extended(q[rows], k[rows], v[rows], chunk_extensions, options)
+            own_k, own_v = (call_state.call.remove_repeated_text(c, t[rows]) if is_text else t[rows] for t in (k, v))
+            extended = self._attend_extended(q[rows], own_k, own_v, chunk_extensions, options)
             if out is not None:  # keep the difference that the previous patch makes
                 extended = out[rows] + extended - self._run_backend(q[rows], k[rows], v[rows], options)
             chunks.append(extended)

@@ -18,11 +18,11 @@ from comfyui_likeness.nodes.attention import apply_decoupled
 from comfyui_likeness.nodes.attention.injection import (
     ATTENTION_OUTPUT_OPTION,
     AttentionTerm,
-    ModelCall,
     PatchPlace,
     RunCache,
     SigmaWindow,
 )
+from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import attach_injection, run_attention_backend
 from comfyui_likeness.nodes.attention.slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, CallState
 from comfyui_likeness.nodes.types import LoadedAdapter

@@ -14,7 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness.attention import layer_weights
 from comfyui_likeness.likeness.identity import merge
 from comfyui_likeness.nodes.attention import flux_layers, flux_terms, patch
-from comfyui_likeness.nodes.attention.injection import ModelCall, PatchPlace
+from comfyui_likeness.nodes.attention.injection import PatchPlace
+from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import attach_injection, get_injections
 from comfyui_likeness.nodes.attention.slots import LIKENESS_KEY, ActiveInjection, CallState
 from support.flux_adapters import (

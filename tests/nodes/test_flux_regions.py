@@ -9,7 +9,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness.spec import Person
 from comfyui_likeness.nodes.attention import flux_terms
-from comfyui_likeness.nodes.attention.injection import AttentionTerm, ModelCall, PatchPlace
+from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace
+from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import attach_injection, get_injections
 from support.flux_adapters import (
     FLUX_ADAPTER_KINDS,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.nodes.attention import patch
-from comfyui_likeness.nodes.attention.injection import AttentionTerm, ModelCall, PatchPlace, RunCache, SigmaWindow
+from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache, SigmaWindow
+from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import AttentionSlot
 from comfyui_likeness.nodes.attention.unet_layers import list_unet_layers
 from support.host_models import add_controlnet, all_close, make_conditioning, make_small_model, sample_latent

@@ -14,7 +14,8 @@ from comfyui_likeness.likeness.checkpoints import checkpoint_detection, key_maps
 from comfyui_likeness.likeness.methods import omni_id
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
 from comfyui_likeness.nodes.attention import apply_decoupled
-from comfyui_likeness.nodes.attention.injection import FULL_WINDOW, AttentionTerm, ModelCall, PatchPlace, RunCache
+from comfyui_likeness.nodes.attention.injection import FULL_WINDOW, AttentionTerm, PatchPlace, RunCache
+from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.loaders import native_adapters
 from comfyui_likeness.nodes.types import LoadedAdapter
 from torch import Tensor

@@ -27,7 +27,8 @@ from ...likeness.methods import flashface
 from ...likeness.spec import FlashFaceSpec
 from ...nodes.attention.flashface import apply_reference, reference_term
 from ...nodes.attention.flashface.added_layers import attach_added_layers
-from ...nodes.attention.injection import ATTN1_OUTPUT, ModelCall, PatchPlace
+from ...nodes.attention.injection import ATTN1_OUTPUT, PatchPlace
+from ...nodes.attention.model_call import ModelCall
 from ...nodes.attention.patch import capture_attention_inputs
 from ...nodes.attention.unet_layers import UNetLayer, list_unet_layers
 from ...nodes.loaders.flashface_loader import add_face_position_channels, build_sd15_model

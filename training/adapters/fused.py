@@ -19,7 +19,8 @@ from torch import Tensor
 from ...likeness.attention.feature_cache import ReferenceFeatureCache
 from ...likeness.methods import fused_kv
 from ...nodes.attention import apply_fused
-from ...nodes.attention.injection import FULL_WINDOW, ModelCall
+from ...nodes.attention.injection import FULL_WINDOW
+from ...nodes.attention.model_call import ModelCall
 from ...nodes.loaders.fused_kv_loader import make_zero_shot_fused_kv
 from ...nodes.types import LoadedFusedKV
 from ..base_models import clip_pair

@@ -10,7 +10,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....likeness.methods.flashface import AddedLayer, AddedLayers, SelfAttentionOutput
-from ..injection import ATTN1_OUTPUT, FULL_WINDOW, AttentionTerm, ModelCall, PatchPlace, RunCache, SigmaWindow
+from ..injection import ATTN1_OUTPUT, FULL_WINDOW, AttentionTerm, PatchPlace, RunCache, SigmaWindow
+from ..model_call import ModelCall
 from ..patch import attach_injection, run_attention_backend
 from ..unet_layers import list_unet_layers
 

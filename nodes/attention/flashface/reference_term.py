@@ -14,16 +14,9 @@ from ....likeness.attention.feature_cache import ReferenceFeatureCache
 from ....likeness.methods import flashface
 from ... import types
 from ..face_stream import FaceRunState, FaceStreamInjection, get_weights_key, hash_tensor
-from ..injection import (
-    FULL_WINDOW,
-    PROJECTED_OUTPUT_OPTION,
-    AttentionTerm,
-    GuidanceBranch,
-    ModelCall,
-    PatchPlace,
-    RunCache,
-)
+from ..injection import FULL_WINDOW, PROJECTED_OUTPUT_OPTION, AttentionTerm, GuidanceBranch, PatchPlace, RunCache
 from ..layer_masks import get_query_coverage
+from ..model_call import ModelCall
 from ..patch import capture_attention_inputs, run_attention_backend
 from .added_layers import ADDED_LAYER_OUTPUT_OPTION
 

@@ -1,0 +1,52 @@
+"""One model per method, with the method's Apply node on it, for tests that every method must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+
+from support.flashface_models import apply_flashface, load_flashface, make_face_latents
+from support.fused_kv import apply_fused_kv, make_fused_kv_adapter
+from support.host_models import make_small_model
+from support.infinite_id_adapters import apply_infinite_id
+from support.ip_adapters import apply_ip_adapter, make_ip_adapter
+
+APPLY_BY_METHOD: dict[str, Callable[..., ModelPatcher]] = {
+    "decoupled": apply_ip_adapter,
+    "pulid": lambda base, **changes: apply_ip_adapter(base, make_ip_adapter("pulid"), **changes),
+    "fused": apply_fused_kv,
+    "fused, matching noise": lambda base, **changes: apply_fused_kv(
+        base, make_fused_kv_adapter(stream_noise="match"), **changes
+    ),
+    "mixed, own stream": lambda base, **changes: apply_infinite_id(base, **{"style": "AdaIN", **changes}),
+    "mixed, shared stream": lambda base, **changes: apply_infinite_id(base, text_stream="shared", **changes),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MethodCase:
+    """`base` is the model that the Apply node gets; `apply` returns it with the method, for changed inputs."""
+
+    base: ModelPatcher
+    apply: Callable[..., ModelPatcher]
+
+
+@lru_cache
+def make_method_case(method: str) -> MethodCase:
+    if method != "reference":
+        base = make_small_model()
+        return MethodCase(base, lambda **changes: APPLY_BY_METHOD[method](base, **changes))
+    model, net = load_flashface()
+
+    def apply(**changes: Any) -> ModelPatcher:
+        net.feature_cache.clear()
+        return apply_flashface(model, net, changes.pop("face_latents", make_face_latents()), **changes)
+
+    return MethodCase(model, apply)
+
+
+METHODS = [*APPLY_BY_METHOD, "reference"]
