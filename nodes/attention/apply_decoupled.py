@@ -21,9 +21,10 @@ from .. import types
 from . import flux_layers, unet_layers
 from .flux_layers import FluxLayer
 from .identity_attention import ConditionalPair, IdentityAttentionTerm
-from .injection import ATTENTION_OUTPUT_OPTION, PatchPlace, RunCache, SigmaWindow, make_window_inputs
+from .injection import ATTENTION_OUTPUT_OPTION, PatchPlace, RunCache
 from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
+from .schedule import Schedule, make_schedule_inputs
 from .unet_layers import UNetLayer
 
 AdapterLayer = UNetLayer | FluxLayer
@@ -56,7 +57,7 @@ class DecoupledTerm(IdentityAttentionTerm):
     shortcut: float
     unfold: bool
     mask: Tensor | None
-    window: SigmaWindow
+    schedule: Schedule
     pulid_mode: pulid.PuLIDMode = pulid.PLAIN_MODE
     run_cache: RunCache = field(default_factory=RunCache)
 
@@ -173,7 +174,7 @@ class ApplyDecoupled(io.ComfyNode):
                     tooltip="Scale of the identity's attention, -1 to 5: 0 is off, 1 as trained. 0.5 to 0.8 leaves "
                     "room for the prompt.",
                 ),
-                *make_window_inputs(),
+                *make_schedule_inputs(),
                 io.Combo.Input(
                     "layer_weights", options=list(attention_layer_weights.WEIGHT_TYPES), default="linear",
                     tooltip="How the strength is distributed over the layers of the model.",
@@ -239,14 +240,14 @@ class ApplyDecoupled(io.ComfyNode):
         weights = compute_layer_weights(layers, adapter.spec.base, layer_weights, custom_layers)
         if not people or not weights or start_percent >= end_percent:
             return io.NodeOutput(model)
-        window = SigmaWindow.from_percents(model, start_percent, end_percent)
+        schedule = Schedule(start_percent, end_percent)
         model = apply_adapter_lora(model, adapter, layers, lora_strength)
         mode, unfold = pulid.select_mode(adapter.spec.kind, pulid_mode), BATCH_MODES[batch]
         term_class = TERM_CLASSES.get(adapter.spec.kind, DecoupledTerm)
         for person in people:
             term = term_class(
                 adapter, person.identity, weights, strength * person.strength, scaling, v2_weight, unfold,
-                person.mask, window, mode,
+                person.mask, schedule, mode,
             )  # fmt: skip
             model = attach_injection(model, term)
         return io.NodeOutput(model)

@@ -19,10 +19,11 @@ from ...likeness.methods import fused_kv
 from ...likeness.spec import FusedKVSpec, Identity, People
 from .. import types
 from .face_stream import LATENT_CHANNELS, FaceStreamInjection, encode_images_with_vae, get_weights_key, hash_tensor
-from .injection import KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache, SigmaWindow, make_window_inputs
+from .injection import KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache
 from .layer_masks import get_visible_queries
 from .model_call import ModelCall
 from .patch import attach_injection, capture_attention_inputs
+from .schedule import Schedule, make_schedule_inputs
 from .unet_layers import list_unet_layers
 
 FACE_NOISE_SEED = 0  # of the noise on the faces; the sampling seed must not change the person
@@ -47,12 +48,12 @@ class FusedKVExtension(KeyValueExtension, FaceStreamInjection[FaceLatents]):
     module_paths: Mapping[PatchPlace, str]
     people: Sequence[FaceLatents]
     outside: str
-    window: SigmaWindow
+    schedule: Schedule
     run_cache: RunCache = field(default_factory=RunCache)
 
     @property
     def needs_sigma(self) -> bool:
-        return self.matches_noise or not self.window.is_full
+        return self.matches_noise or not self.schedule.is_full
 
     @property
     def matches_noise(self) -> bool:
@@ -202,7 +203,7 @@ class ApplyFused(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=5.0, step=0.05,
                     tooltip="Weight of the face's keys relative to the text's, 0 to 5: 0 is off, 1 as trained.",
                 ),
-                *make_window_inputs(),
+                *make_schedule_inputs(),
                 io.Combo.Input(
                     "outside", options=list(regions.OUTSIDE_MODES), default="all",
                     tooltip="Who may appear outside all masks: all people (as published), or none.",
@@ -236,8 +237,8 @@ class ApplyFused(io.ComfyNode):
         )
         if not people or start_percent >= end_percent:
             return io.NodeOutput(model)
-        window = SigmaWindow.from_percents(model, start_percent, end_percent)
-        extension = FusedKVExtension(adapter, model, paths, [faces for faces, _ in people], outside, window)
+        schedule = Schedule(start_percent, end_percent)
+        extension = FusedKVExtension(adapter, model, paths, [faces for faces, _ in people], outside, schedule)
         preview = ui.PreviewImage(torch.cat([images for _, images in people]), cls=cls)
         return io.NodeOutput(attach_injection(model, extension), ui=preview)
 

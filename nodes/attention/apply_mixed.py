@@ -17,17 +17,10 @@ from ...likeness.methods import infinite_id, ip_adapter
 from ...likeness.spec import Identity, People, Person
 from .. import types
 from .identity_attention import ConditionalPair, IdentityAttentionTerm
-from .injection import (
-    KEYS_VALUES_OPTION,
-    KeyValueBlocks,
-    KeyValueExtension,
-    PatchPlace,
-    RunCache,
-    SigmaWindow,
-    make_window_inputs,
-)
+from .injection import KEYS_VALUES_OPTION, KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache
 from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
+from .schedule import Schedule, make_schedule_inputs
 from .text_stream import OWN_TEXT_STREAM, SHARED_TEXT_STREAM
 from .unet_layers import UNetLayer, match_unet_layers
 
@@ -42,12 +35,12 @@ class MixedSelfExtension(KeyValueExtension):
     attention_mode: str
     style: str
     weight: float
-    window: SigmaWindow
+    schedule: Schedule
     run_cache: RunCache = field(default_factory=RunCache)
 
     @property
     def needs_sigma(self) -> bool:
-        return not self.window.is_full
+        return not self.schedule.is_full
 
     @property
     def patchers(self) -> list[ModelPatcher]:
@@ -83,7 +76,7 @@ class MixedCrossTerm(IdentityAttentionTerm):
     strength: float
     style: str
     mixing: str
-    window: SigmaWindow
+    schedule: Schedule
     run_cache: RunCache = field(default_factory=RunCache)
 
     @property
@@ -176,7 +169,7 @@ class ApplyMixed(io.ComfyNode):
                     tooltip="own: the text stream has its own latent, which starts from the same noise and is denoised "
                     "with the prompt alone. shared: it uses the latent of the image, without the identity.",
                 ),
-                *make_window_inputs(),
+                *make_schedule_inputs(),
                 io.Float.Input(
                     "self_attention", default=1.0, min=0.0, max=5.0, step=0.05, optional=True, advanced=True,
                     tooltip="Weight of the text stream in self-attention, 0 to 5. 0 is off; mutual is complete at 1.",
@@ -212,13 +205,13 @@ class ApplyMixed(io.ComfyNode):
             ip_adapter.gather_projector_inputs(adapter.spec, person.identity)  # raise before sampling, not during it
         if not strength or not terms or start_percent >= end_percent:
             return io.NodeOutput(model)
-        window = SigmaWindow.from_percents(model, start_percent, end_percent)
+        schedule = Schedule(start_percent, end_percent)
         for people, share in terms:
-            term = MixedCrossTerm(adapter, people, layers, strength * share, style, mixing, window)
+            term = MixedCrossTerm(adapter, people, layers, strength * share, style, mixing, schedule)
             model = attach_injection(model, term)
         if infinite_id.SELF_ATTENTION_MODES[attention] is not None and self_attention:
             places = list_self_attention_places(layers)
-            extension = MixedSelfExtension(places, attention, style, self_attention, window)
+            extension = MixedSelfExtension(places, attention, style, self_attention, schedule)
             model = attach_injection(model, extension, text_stream=text_stream)
         return io.NodeOutput(model)
 

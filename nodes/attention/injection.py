@@ -1,19 +1,18 @@
-"""What an apply node adds to a model: patch places, sigma windows, guidance branches, injections."""
+"""What an apply node adds to a model: patch places, guidance branches, injections."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
 from torch import Tensor
 
 from ...likeness.attention.grouped_attention import KeyValueBlock
 from .model_call import ModelCall
+from .schedule import Schedule
 
 ATTN1_OUTPUT = "attn1_output"
 # Keys in the options that a layer gets.
@@ -48,67 +47,19 @@ class PatchPlace:
 
 
 @dataclass(frozen=True)
-class SigmaWindow:
-    """When an injection is on: `end_sigma` < sigma <= `start_sigma`, so adjacent windows never overlap."""
-
-    start_sigma: float
-    end_sigma: float
-
-    @classmethod
-    def from_percents(cls, model: ModelPatcher, start_percent: float, end_percent: float) -> SigmaWindow:
-        sampling: Any = model.get_model_object("model_sampling")
-        start = sampling.percent_to_sigma(start_percent) if start_percent > 0.0 else math.inf
-        end = sampling.percent_to_sigma(end_percent) if end_percent < 1.0 else -1.0  # the very last sigma may be 0
-        return cls(float(start), float(end))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it contains every sigma."""
-        return self.start_sigma == math.inf and self.end_sigma < 0
-
-    def contains(self, sigma: float) -> bool:
-        return self.end_sigma < sigma <= self.start_sigma
-
-    def compute_gate(self, sigma: Tensor | None) -> Tensor | bool:
-        """On or off. If sigma is on an accelerator: a factor of 0 or 1 there, as reading it would force a sync."""
-        if sigma is None or self.is_full:
-            return True
-        first = sigma.flatten()[0]
-        inside = (first > self.end_sigma) & (first <= self.start_sigma)
-        return bool(inside) if sigma.device.type == "cpu" else inside
-
-
-FULL_WINDOW = SigmaWindow(math.inf, -1.0)
-
-
-def make_window_inputs() -> list[io.Float.Input]:
-    """The start_percent and end_percent inputs of every apply node."""
-    return [
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
-            tooltip="Part of the sampling after which the identity is applied, 0 to 1.",
-        ),
-        io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
-            tooltip="Part of the sampling after which the identity is no longer applied, 0 to 1.",
-        ),
-    ]  # fmt: skip
-
-
-@dataclass(frozen=True)
 class GuidanceBranch:
     """Further rows of the positive prompt, for guidance that ComfyUI's guiders do not have.
 
-    Inside `launch_window`, the rows run with the role `name`, and `scale` times the difference between their
-    prediction and the positive prompt's is added to the guider's result. Inside `window`, the result is rescaled by
+    During `launch_schedule`, the rows run with the role `name`, and `scale` times the difference between their
+    prediction and the positive prompt's is added to the guider's result. During `schedule`, the result is rescaled by
     `rescale`.
     """
 
     name: str
     scale: float
     rescale: float
-    window: SigmaWindow
-    launch_window: SigmaWindow
+    schedule: Schedule
+    launch_schedule: Schedule
 
 
 class RunCache:
@@ -147,10 +98,10 @@ class RunCache:
 class Injection(ABC):
     """An adapter bound to an identity, as an AttentionTerm or a KeyValueExtension: what an apply node adds to a model.
 
-    Immutable except for `run_cache`. It is on inside `window`.
+    Immutable except for `run_cache`. It is on during `schedule`.
     """
 
-    window: SigmaWindow
+    schedule: Schedule
     run_cache: RunCache
 
     @property
@@ -196,7 +147,7 @@ class AttentionTerm(Injection):
 class KeyValueExtension(Injection):
     """An injection that changes the keys and values of an attention: blocks of them, with one softmax over all.
 
-    The state of a place has one entry per chunk of rows; None leaves the chunk unchanged. Unless its window is full it
+    The state of a place has one entry per chunk of rows; None leaves the chunk unchanged. Unless it is always on it
     needs sigma, as an extension is either on or off.
     """
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .schedule import NO_SCHEDULES, ResolvedSchedules, Schedule
+
 TEXT_STREAM_ROLE_PREFIX = "text of "  # a text stream's role is this and the name of its prompt
 
 
@@ -20,7 +22,7 @@ class ModelCall:
     The batch is `len(roles)` chunks of `rows_per_chunk` rows. A role is the guider's name of the chunk's prompt
     ("positive"), the name of a guidance branch, or that of a text stream. `timesteps` [B] is the UNet's input; `sigma`
     is set if any injection needs it; `negative_text` [1, T, C] if the guider has a negative prompt. `text_lengths` has
-    the number of tokens of each chunk's prompt, or is empty if all are equal.
+    the number of tokens of each chunk's prompt, or is empty if all are equal. `schedules` are those of the run.
     """
 
     roles: tuple[str, ...]
@@ -31,6 +33,22 @@ class ModelCall:
     sigma: float | None = field(compare=False)
     negative_text: Tensor | None = field(compare=False)
     text_lengths: tuple[int, ...] = field(default=(), compare=False)
+    schedules: ResolvedSchedules = field(default=NO_SCHEDULES, compare=False)
+
+    def make_image_rows(self) -> Tensor | None:
+        """1 for the image's rows and 0 for a text stream's [rows, 1, 1]; None if there is no text stream."""
+        if not any(map(self.is_text_stream, self.roles)):
+            return None
+        rows = torch.ones(len(self.roles), self.rows_per_chunk, 1, 1, dtype=self.dtype, device=self.device)
+        for chunk, role in zip(rows, self.roles, strict=True):
+            if self.is_text_stream(role):
+                chunk.zero_()
+        return rows.flatten(0, 1)
+
+    def is_during(self, schedule: Schedule) -> bool:
+        """Whether a schedule is on, in a call whose sigma is known."""
+        assert self.sigma is not None
+        return self.schedules.get_window(schedule).contains(self.sigma)
 
     @property
     def is_conditional(self) -> tuple[bool, ...]:
@@ -66,16 +84,35 @@ class PromptBatch:
 
     names: tuple[str, ...]
     text_lengths: Mapping[tuple[int, Any], int]
-    negative_text: Tensor | None
-    sigma: float | None
+    negative_text: Tensor | None = None
+    sigma: float | None = None
+    schedules: ResolvedSchedules = NO_SCHEDULES
 
-    def get_text_lengths(self, positions: Sequence[int], uuids: Sequence[Any]) -> tuple[int, ...]:
-        """The number of tokens of each of these conditionings; none if all are equal, or if one is unknown."""
-        lengths = tuple(self.text_lengths.get(key, 0) for key in zip(positions, uuids, strict=False))
-        return lengths if len(set(lengths)) > 1 and 0 not in lengths else ()
+    def make_model_call(
+        self, x: Tensor, timesteps: Tensor, positions: Sequence[int], uuids: Sequence[Any], has_text_stream: bool
+    ) -> ModelCall:
+        """The call for x [B, C, H, W], whose chunks have prompts at these positions, and these uuids."""
+        # Without a guider, ComfyUI's order holds: 0 is the positive prompt.
+        roles = [self.names[i] if self.names else ("negative" if i else "positive") for i in positions]
+        lengths = [self.text_lengths.get(key, 0) for key in zip(positions, uuids, strict=False)]
+        if has_text_stream:
+            roles = [role for name in roles for role in (name, f"{TEXT_STREAM_ROLE_PREFIX}{name}")]
+            lengths = [length for length in lengths for _ in range(2)]
+        is_known = 0 not in lengths and len(set(lengths)) > 1
+        return ModelCall(
+            roles=tuple(roles),
+            rows_per_chunk=len(x) // len(roles),
+            dtype=x.dtype,
+            device=x.device,
+            timesteps=timesteps,
+            sigma=self.sigma,
+            negative_text=self.negative_text,
+            text_lengths=tuple(lengths) if is_known else (),
+            schedules=self.schedules,
+        )
 
 
-NO_PROMPTS = PromptBatch((), {}, None, None)  # of a call without a guider
+NO_PROMPTS = PromptBatch((), {})  # of a call without a guider
 
 
 def count_text_tokens(conds: Sequence[Sequence[Mapping[str, Any]] | None]) -> dict[tuple[int, Any], int]:
@@ -86,3 +123,14 @@ def count_text_tokens(conds: Sequence[Sequence[Mapping[str, Any]] | None]) -> di
         for cond in prompt or ()
         if (text := cond["model_conds"].get("c_crossattn")) is not None
     }
+
+
+def find_prompt_name(cond: list[Any] | None, prompts_by_name: Mapping[str, list[Any]]) -> str:
+    """The guider's name of a prompt, or "". Context windows copy prompts, but their uuids stay the same."""
+    same = (name for name, prompt in prompts_by_name.items() if prompt is cond)
+    copied = (
+        name
+        for name, prompt in prompts_by_name.items()
+        if cond and prompt and prompt[0].get("uuid") == cond[0].get("uuid")
+    )
+    return next(same, "") or next(copied, "")

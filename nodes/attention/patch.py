@@ -29,15 +29,9 @@ from .flux_terms import (
     add_stream_terms,
     keep_queries,
 )
-from .injection import (
-    ATTN1_OUTPUT,
-    FULL_LATENT_SIZE_OPTION,
-    LATENT_SIZE_OPTION,
-    GuidanceBranch,
-    Injection,
-    PatchPlace,
-)
-from .model_call import NO_PROMPTS, TEXT_STREAM_ROLE_PREFIX, ModelCall, PromptBatch, count_text_tokens
+from .injection import ATTN1_OUTPUT, FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, GuidanceBranch, Injection, PatchPlace
+from .model_call import NO_PROMPTS, ModelCall, PromptBatch, count_text_tokens, find_prompt_name
+from .schedule import NO_SCHEDULES, ResolvedSchedules
 from .slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, Attn1OutputPatch, CallState, keep_attention_input
 from .text_stream import (
     NO_TEXT_STREAM,
@@ -52,6 +46,7 @@ TRANSFORMER_OPTIONS = "transformer_options"
 # Keys in model_options during a prediction, and in transformer_options during a model call.
 GUIDER_CONDS_OPTION, BRANCH_RESULTS_OPTION = "likeness_guider_conds", "likeness_branch_results"
 PROMPT_BATCH_OPTION, SIGMA_OPTION = "likeness_prompt_batch", "likeness_sigma"
+SCHEDULES_OPTION = "likeness_schedules"  # in transformer_options during a run
 
 # Places behind an attention -> the patch that keeps the attention's input, and the patch that adds the terms.
 AFTER_ATTENTION_PATCHES: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
@@ -174,7 +169,7 @@ def training_options(model: ModelPatcher, sigma: float) -> dict[str, Any]:
         TRANSFORMER_OPTIONS: {
             **model.model_options[TRANSFORMER_OPTIONS],
             "wrappers": model.wrappers,
-            PROMPT_BATCH_OPTION: PromptBatch(("positive",), {}, None, sigma),
+            PROMPT_BATCH_OPTION: PromptBatch(("positive",), {}, None, sigma, _resolve_schedules(model)),
         }
     }
 
@@ -234,7 +229,14 @@ class ModelWrappers:
         }
 
     def wrap_outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Adds the rows of a text stream with its own latent. Clears the run caches, also after an error."""
+        """Resolves the schedules by the model that is sampled, and adds the rows of a text stream with its own latent.
+
+        Clears the run caches, also after an error.
+        """
+        guider = executor.class_obj
+        schedules = {SCHEDULES_OPTION: _resolve_schedules(guider.model_patcher)}
+        options = {**guider.model_options[TRANSFORMER_OPTIONS], **schedules}
+        guider.model_options = {**guider.model_options, TRANSFORMER_OPTIONS: options}  # the guider's own, for this run
         try:
             if self.text_stream != OWN_TEXT_STREAM:
                 return executor(*args, **kwargs)
@@ -256,8 +258,9 @@ class ModelWrappers:
         model_options[SIGMA_OPTION] = sigma
         if not self.branches:
             return executor(x, timestep, model_options, seed)
-        active = [branch for branch in self.branches if branch.window.contains(sigma)]
-        results = _BranchResults([b for b in active if b.scale and b.launch_window.contains(sigma)])
+        get_window = model_options[TRANSFORMER_OPTIONS].get(SCHEDULES_OPTION, NO_SCHEDULES).get_window
+        active = [branch for branch in self.branches if get_window(branch.schedule).contains(sigma)]
+        results = _BranchResults([b for b in active if b.scale and get_window(b.launch_schedule).contains(sigma)])
         denoised = executor(x, timestep, {**model_options, BRANCH_RESULTS_OPTION: results}, seed)
         if not active:
             return denoised
@@ -281,7 +284,7 @@ class ModelWrappers:
         prompts = model_options.get(GUIDER_CONDS_OPTION)
         if prompts is None:
             return executor(model, conds, x, timestep, model_options)
-        names = [_find_prompt_name(cond, prompts) for cond in conds]
+        names = [find_prompt_name(cond, prompts) for cond in conds]
         results: _BranchResults | None = model_options.get(BRANCH_RESULTS_OPTION)
         is_first = results is not None and results.positive_prediction is None and "positive" in names
         branch_names = [b.name for b in results.branches] if results is not None and is_first else []
@@ -294,6 +297,7 @@ class ModelWrappers:
                 count_text_tokens(all_conds),
                 None if negative is None else negative["model_conds"]["c_crossattn"].cond,
                 model_options.get(SIGMA_OPTION),
+                model_options[TRANSFORMER_OPTIONS].get(SCHEDULES_OPTION, NO_SCHEDULES),
             ),
             FULL_LATENT_SIZE_OPTION: tuple(x.shape[-2:]),
         }
@@ -314,14 +318,15 @@ class ModelWrappers:
         patch_size = getattr(executor.class_obj, "patch_size", None)  # FLUX's; it pads the latent to full patches
         if patch_size is not None:
             options[TOKEN_GRID_OPTION] = tuple(-(-size // patch_size) for size in options[LATENT_SIZE_OPTION])
-        call = _make_model_call(args[0], args[1], options, self.text_stream)
+        batch, positions = options.get(PROMPT_BATCH_OPTION, NO_PROMPTS), options.get("cond_or_uncond", (0,))
+        call = batch.make_model_call(args[0], args[1], positions, options.get("uuids", ()), bool(self.text_stream))
         active: dict[int, ActiveInjection] = {}
         for injection in self.injections:
             gate = _compute_gate(injection, call, options.get("sigmas"))
             if gate is not False:
                 states = injection.prepare_states(call)
                 active[id(injection)] = ActiveInjection(states, gate if isinstance(gate, Tensor) else None)
-        options[LIKENESS_KEY] = CallState(call, active, _make_image_rows(call))
+        options[LIKENESS_KEY] = CallState(call, active, call.make_image_rows())
         out = executor(*args, **kwargs)
         if self.text_stream != SHARED_TEXT_STREAM:
             return out
@@ -331,22 +336,16 @@ class ModelWrappers:
         return self
 
 
+def _resolve_schedules(model: ModelPatcher) -> ResolvedSchedules:
+    return ResolvedSchedules(model.get_model_object("model_sampling"))
+
+
 def _compute_gate(injection: Injection, call: ModelCall, sigmas: Tensor | None) -> Tensor | bool:
     """Whether an injection is on, or its factor (see SigmaWindow.compute_gate)."""
     if injection.needs_sigma and call.sigma is None:
         raise RuntimeError("the model was called without a guider; expected ComfyUI's samplers; use one of them")
-    return injection.window.compute_gate(sigmas) if call.sigma is None else injection.window.contains(call.sigma)
-
-
-def _find_prompt_name(cond: list[Any] | None, prompts_by_name: Mapping[str, list[Any]]) -> str:
-    """The guider's name of a prompt, or "". Context windows copy prompts, but their uuids stay the same."""
-    same = (name for name, prompt in prompts_by_name.items() if prompt is cond)
-    copied = (
-        name
-        for name, prompt in prompts_by_name.items()
-        if cond and prompt and prompt[0].get("uuid") == cond[0].get("uuid")
-    )
-    return next(same, "") or next(copied, "")
+    window = call.schedules.get_window(injection.schedule)
+    return window.compute_gate(sigmas) if call.sigma is None else window.contains(call.sigma)
 
 
 def _get_model_wrappers(model: ModelPatcher) -> ModelWrappers:
@@ -364,28 +363,3 @@ def _copy_options(
     index = max(i for i, arg in enumerate(args) if isinstance(arg, dict))  # after a ControlNet's dict
     options = dict(args[index])
     return options, (*args[:index], options, *args[index + 1 :]), kwargs
-
-
-def _make_image_rows(call: ModelCall) -> Tensor | None:
-    """CallState.image_rows."""
-    if not any(call.is_text_stream(role) for role in call.roles):
-        return None
-    rows = torch.ones(len(call.roles), call.rows_per_chunk, 1, 1, dtype=call.dtype, device=call.device)
-    for chunk, role in zip(rows, call.roles, strict=True):
-        if call.is_text_stream(role):
-            chunk.zero_()
-    return rows.flatten(0, 1)
-
-
-def _make_model_call(x: Tensor, timesteps: Tensor, options: TransformerOptions, text_stream: str) -> ModelCall:
-    positions, batch = options.get("cond_or_uncond", (0,)), options.get(PROMPT_BATCH_OPTION, NO_PROMPTS)
-    # Without a guider, ComfyUI's order holds: 0 is the positive prompt.
-    roles = [batch.names[i] if batch.names else ("negative" if i else "positive") for i in positions]
-    text_lengths = batch.get_text_lengths(positions, options.get("uuids", ()))
-    if text_stream != NO_TEXT_STREAM:
-        roles = [role for name in roles for role in (name, f"{TEXT_STREAM_ROLE_PREFIX}{name}")]
-        text_lengths = [length for length in text_lengths for _ in range(2)]
-    rows = x.shape[0] // len(roles)
-    return ModelCall(
-        tuple(roles), rows, x.dtype, x.device, timesteps, batch.sigma, batch.negative_text, tuple(text_lengths)
-    )

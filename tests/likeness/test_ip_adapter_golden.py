@@ -15,15 +15,10 @@ from comfyui_likeness.likeness.methods import ip_adapter, pulid
 from comfyui_likeness.likeness.methods.resampler import Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import apply_decoupled
-from comfyui_likeness.nodes.attention.injection import (
-    ATTENTION_OUTPUT_OPTION,
-    AttentionTerm,
-    PatchPlace,
-    RunCache,
-    SigmaWindow,
-)
+from comfyui_likeness.nodes.attention.injection import ATTENTION_OUTPUT_OPTION, AttentionTerm, PatchPlace, RunCache
 from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import attach_injection, run_attention_backend
+from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON
 from comfyui_likeness.nodes.attention.slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, CallState
 from comfyui_likeness.nodes.types import LoadedAdapter
 from support.golden import GOLDEN_FOLDER, GoldenCase, assert_close, read_golden_cases
@@ -268,7 +263,7 @@ def test_complete_unet(name: str, family: str, kind: str, feature: Feature, inpu
         layers = apply_decoupled.match_adapter_layers(adapter.spec, base)
         weights = {layer: layer_weights.LayerWeight(1.0) for layer in layers}
         injection = apply_decoupled.DecoupledTerm(
-            adapter, person, weights, scale, "V only", 1.0, False, None, SigmaWindow(1e9, -1.0)
+            adapter, person, weights, scale, "V only", 1.0, False, None, ALWAYS_ON
         )
         model = attach_injection(apply_decoupled.apply_adapter_lora(base, adapter, layers, 1.0), injection)
         model.patch_model()
@@ -293,7 +288,7 @@ def test_complete_pulid_unet() -> None:
     layers = apply_decoupled.match_adapter_layers(adapter.spec, base)
     weights = {layer: layer_weights.LayerWeight(1.0) for layer in layers}
     for entry in case.data["scalars"]["modes"]:
-        mode, window = make_mode(entry), SigmaWindow(1e9, -1.0)
+        mode, window = make_mode(entry), ALWAYS_ON
         injection = apply_decoupled.DecoupledTerm(
             adapter, person, weights, entry["id_scale"], "V only", 1.0, False, None, window, mode
         )

@@ -12,8 +12,8 @@ from comfyui_likeness.likeness.checkpoints import checkpoint_detection, key_maps
 from comfyui_likeness.likeness.methods import ip_adapter, pulid
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature, Identity
 from comfyui_likeness.nodes.attention import apply_decoupled
-from comfyui_likeness.nodes.attention.injection import FULL_WINDOW
 from comfyui_likeness.nodes.attention.patch import attach_injection, run_attention_backend
+from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON
 from comfyui_likeness.nodes.types import LoadedAdapter
 from support.flux_adapters import HOST_PASSES_QUERIES
 from support.golden import GoldenCase, assert_close, read_golden_cases
@@ -120,5 +120,5 @@ def test_full_model(name: str, kind: str, tokens_name: str, scalar: str, out: st
         weights = {
             layer: layer_weights.LayerWeight(1.0) for layer in apply_decoupled.match_adapter_layers(adapter.spec, base)
         }
-        injection = term(adapter, identity, weights, scale, "V only", 1.0, False, None, FULL_WINDOW)
+        injection = term(adapter, identity, weights, scale, "V only", 1.0, False, None, ALWAYS_ON)
         assert_close(run(attach_injection(base, injection), case), stored[f"{out}{scale}"])

@@ -12,9 +12,10 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.nodes.attention import patch
-from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache, SigmaWindow
-from comfyui_likeness.nodes.attention.model_call import ModelCall
+from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache
+from comfyui_likeness.nodes.attention.model_call import ModelCall, find_prompt_name
 from comfyui_likeness.nodes.attention.patch import AttentionSlot
+from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON, SigmaWindow
 from comfyui_likeness.nodes.attention.unet_layers import list_unet_layers
 from support.host_models import add_controlnet, all_close, make_conditioning, make_small_model, sample_latent
 from support.ip_adapters import apply_ip_adapter, make_ip_adapter, make_ip_adapter_identity
@@ -45,7 +46,7 @@ def test_a_gate_on_the_device_equals_a_branch(base: ModelPatcher, monkeypatch: p
 class CallRecorder(AttentionTerm):
     """An injection that adds nothing and records the model calls."""
 
-    window, patchers, places = SigmaWindow(1e9, -1.0), [], [PatchPlace("attn2", ("middle", 0), 0, False)]
+    schedule, patchers, places = ALWAYS_ON, [], [PatchPlace("attn2", ("middle", 0), 0, False)]
 
     def __init__(self) -> None:
         self.run_cache, self.calls = RunCache(), []
@@ -189,9 +190,6 @@ def test_a_controlnet_and_the_identity_work_together(base: ModelPatcher) -> None
 
 def test_a_copied_prompt_keeps_its_name() -> None:
     named = {"positive": [{"uuid": 1}], "negative": [{"uuid": 2}]}
-    assert patch._find_prompt_name(named["negative"], named) == "negative"
-    assert (
-        patch._find_prompt_name([{"uuid": 2}], named) == "negative"
-        and patch._find_prompt_name([{"uuid": 1}], named) == "positive"
-    )
-    assert patch._find_prompt_name(None, named) == "" and patch._find_prompt_name([{"uuid": 3}], named) == ""
+    assert find_prompt_name(named["negative"], named) == "negative"
+    assert find_prompt_name([{"uuid": 2}], named) == "negative" and find_prompt_name([{"uuid": 1}], named) == "positive"
+    assert find_prompt_name(None, named) == "" and find_prompt_name([{"uuid": 3}], named) == ""

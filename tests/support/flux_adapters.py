@@ -14,8 +14,9 @@ from comfyui_likeness.likeness.checkpoints import checkpoint_detection, key_maps
 from comfyui_likeness.likeness.methods import omni_id
 from comfyui_likeness.likeness.spec import AdapterSpec, Identity
 from comfyui_likeness.nodes.attention import apply_decoupled
-from comfyui_likeness.nodes.attention.injection import FULL_WINDOW, AttentionTerm, PatchPlace, RunCache
+from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache
 from comfyui_likeness.nodes.attention.model_call import ModelCall
+from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON
 from comfyui_likeness.nodes.loaders import native_adapters
 from comfyui_likeness.nodes.types import LoadedAdapter
 from torch import Tensor
@@ -164,7 +165,7 @@ def sample_flux_latent(model: ModelPatcher, **changes: Any) -> Tensor:
 class QueryRecorder(AttentionTerm):
     """A term at one place that records its queries and adds `scale` times their rolled channels."""
 
-    window, patchers, places = FULL_WINDOW, [], []
+    schedule, patchers, places = ALWAYS_ON, [], []
 
     def __init__(self, place: PatchPlace, scale: float = 0.0) -> None:
         self.run_cache, self.places, self.scale, self.queries = RunCache(), [place], scale, []

@@ -29,24 +29,25 @@ APPLY_BY_METHOD: dict[str, Callable[..., ModelPatcher]] = {
 
 @dataclass(frozen=True, eq=False)
 class MethodCase:
-    """`base` is the model that the Apply node gets; `apply` returns it with the method, for changed inputs."""
+    """`base` is the model that the Apply node gets; `apply_to` is the node with the method's other inputs."""
 
     base: ModelPatcher
-    apply: Callable[..., ModelPatcher]
+    apply_to: Callable[..., ModelPatcher]
+
+    def apply(self, **changes: Any) -> ModelPatcher:
+        return self.apply_to(self.base, **changes)
 
 
 @lru_cache
 def make_method_case(method: str) -> MethodCase:
     if method != "reference":
-        base = make_small_model()
-        return MethodCase(base, lambda **changes: APPLY_BY_METHOD[method](base, **changes))
-    model, net = load_flashface()
+        return MethodCase(make_small_model(), APPLY_BY_METHOD[method])
+    base, net = load_flashface()
 
-    def apply(**changes: Any) -> ModelPatcher:
-        net.feature_cache.clear()
+    def apply_to(model: ModelPatcher, **changes: Any) -> ModelPatcher:
         return apply_flashface(model, net, changes.pop("face_latents", make_face_latents()), **changes)
 
-    return MethodCase(model, apply)
+    return MethodCase(base, apply_to)
 
 
 METHODS = [*APPLY_BY_METHOD, "reference"]

@@ -23,7 +23,8 @@ from comfyui_likeness.likeness.methods import flashface, fused_kv, infinite_id, 
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedKVSpec, Identity, OmniIDSpec
 from comfyui_likeness.nodes.attention import apply_decoupled, apply_fused, patch
 from comfyui_likeness.nodes.attention.flashface.added_layers import attach_added_layers
-from comfyui_likeness.nodes.attention.injection import FULL_WINDOW, Injection
+from comfyui_likeness.nodes.attention.injection import Injection
+from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON
 from comfyui_likeness.nodes.attention.unet_layers import list_unet_layers
 from comfyui_likeness.nodes.loaders.flashface_loader import add_face_position_channels
 from comfyui_likeness.nodes.types import LoadedAdapter, LoadedFusedKV, LoadedReferenceNet
@@ -136,7 +137,7 @@ def test_decoupled_attention_is_the_published_one_and_takes_a_step(
     loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, name)
     layer_weights = apply_decoupled.compute_layer_weights(unet_layers, "SD1.5", "linear", "")
     injection = apply_decoupled.DecoupledTerm(
-        loaded, identity, layer_weights, 1.0, "V only", 1.0, True, None, FULL_WINDOW
+        loaded, identity, layer_weights, 1.0, "V only", 1.0, True, None, ALWAYS_ON
     )
     train_adapter_step(model, injection, module)
     saved = key_maps.rename_keys(module.state_dict(), native_decoupled.PUBLISHED_KEY_RULES)
@@ -157,7 +158,7 @@ def test_fused_kv_takes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     people = [apply_fused.FaceLatents(faces, [1.0] * 2, None, "")]
     places = apply_fused.match_fused_kv_layers(spec, model)
     train_adapter_step(
-        model, adapters_fused.BatchFusedKVExtension(loaded, model, places, people, "all", FULL_WINDOW), module
+        model, adapters_fused.BatchFusedKVExtension(loaded, model, places, people, "all", ALWAYS_ON), module
     )
 
 
@@ -302,7 +303,7 @@ def test_the_adapter_to_omni_id_takes_a_step(monkeypatch: pytest.MonkeyPatch) ->
     layer_weights = apply_decoupled.compute_layer_weights(unet_layers, "SD1.5", "linear", "")
     loaded = LoadedAdapter(spec, ModelPatcher(module, META, META), {}, "omni")
     injection = apply_decoupled.DecoupledTerm(
-        loaded, identity, layer_weights, 1.0, "V only", 1.0, True, None, FULL_WINDOW
+        loaded, identity, layer_weights, 1.0, "V only", 1.0, True, None, ALWAYS_ON
     )
     train_adapter_step(model, injection, module)
     assert rows.grad is not None  # and with it the encoder's, in the second stage

@@ -22,7 +22,7 @@ from ...likeness.methods.projectors import FaceIDProjection, OmniIDProjection
 from ...likeness.methods.resampler import Resampler
 from ...likeness.spec import AdapterSpec, Identity
 from ...nodes.attention import apply_decoupled, unet_layers
-from ...nodes.attention.injection import FULL_WINDOW
+from ...nodes.attention.schedule import ALWAYS_ON
 from ...nodes.types import LoadedAdapter
 from ..data.image_source import ImageSource
 from ..task import Batch, init_weights
@@ -200,7 +200,7 @@ class DecoupledTask(adapter_task.AdapterTask[DecoupledConfig]):
             shortcut=1.0,
             unfold=True,
             mask=None,
-            window=FULL_WINDOW,
+            schedule=ALWAYS_ON,
         )
 
     def _make_batch_identity(self, face_features: Tensor) -> Identity:

@@ -19,8 +19,8 @@ from torch import Tensor
 from ...likeness.attention.feature_cache import ReferenceFeatureCache
 from ...likeness.methods import fused_kv
 from ...nodes.attention import apply_fused
-from ...nodes.attention.injection import FULL_WINDOW
 from ...nodes.attention.model_call import ModelCall
+from ...nodes.attention.schedule import ALWAYS_ON
 from ...nodes.loaders.fused_kv_loader import make_zero_shot_fused_kv
 from ...nodes.types import LoadedFusedKV
 from ..base_models import clip_pair
@@ -90,7 +90,7 @@ class FusedKVTask(adapter_task.AdapterTask[FusedKVConfig]):
         latents = model.model.process_latent_in(face_features.float())
         faces = [apply_fused.FaceLatents(latents, [1.0] * len(latents), None, "")]
         return BatchFusedKVExtension(
-            loaded, model, apply_fused.match_fused_kv_layers(self.spec, model), faces, "all", FULL_WINDOW
+            loaded, model, apply_fused.match_fused_kv_layers(self.spec, model), faces, "all", ALWAYS_ON
         )
 
     def make_file_contents(self, notes: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,8 +22,9 @@ from ...likeness.methods.ip_adapter import DecoupledAdapter
 from ...likeness.methods.projectors import FaceIDProjection, InfiniteIDProjection
 from ...likeness.spec import AdapterSpec, Identity, Person
 from ...nodes.attention import apply_mixed, unet_layers
-from ...nodes.attention.injection import ATTENTION_OUTPUT_OPTION, FULL_WINDOW
+from ...nodes.attention.injection import ATTENTION_OUTPUT_OPTION
 from ...nodes.attention.patch import attach_injection
+from ...nodes.attention.schedule import ALWAYS_ON
 from ...nodes.attention.text_stream import OWN_TEXT_STREAM
 from ...nodes.types import LoadedAdapter
 from ..base_models import face_recognizer
@@ -135,7 +136,7 @@ class InfiniteIDTask(adapter_task.AdapterTask[InfiniteIDConfig]):
         """With mixed attention and a text stream with its own latent, the defaults of Apply Identity (Mixed)."""
         patched = attach_injection(model, self._make_cross_term(BatchCrossTerm, model, face_features))
         self_extension = apply_mixed.MixedSelfExtension(
-            apply_mixed.list_self_attention_places(self.unet_layers), "mixed", "none", 1.0, FULL_WINDOW
+            apply_mixed.list_self_attention_places(self.unet_layers), "mixed", "none", 1.0, ALWAYS_ON
         )
         return attach_injection(patched, self_extension, text_stream=OWN_TEXT_STREAM)
 
@@ -168,4 +169,4 @@ def make_infinite_id_term(
     ones = torch.ones(len(next(iter(features.values()))))
     box, kps = torch.zeros(len(ones), 4), torch.zeros(len(ones), 5, 2)
     person = Person(Identity("batch", box, kps, ones, ones, embeddings=features))
-    return term_class(loaded, [person], layers, 1.0, "none", "stacked", FULL_WINDOW)
+    return term_class(loaded, [person], layers, 1.0, "none", "stacked", ALWAYS_ON)

@@ -10,9 +10,10 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....likeness.methods.flashface import AddedLayer, AddedLayers, SelfAttentionOutput
-from ..injection import ATTN1_OUTPUT, FULL_WINDOW, AttentionTerm, PatchPlace, RunCache, SigmaWindow
+from ..injection import ATTN1_OUTPUT, AttentionTerm, PatchPlace, RunCache
 from ..model_call import ModelCall
 from ..patch import attach_injection, run_attention_backend
+from ..schedule import ALWAYS_ON, Schedule
 from ..unet_layers import list_unet_layers
 
 # In the options that a layer gets: the SelfAttentionOutput of its added layer.
@@ -25,7 +26,7 @@ class AddedLayersTerm(AttentionTerm):
 
     patcher: ModelPatcher
     layers: Mapping[PatchPlace, AddedLayer]
-    window: SigmaWindow = FULL_WINDOW
+    schedule: Schedule = ALWAYS_ON
     run_cache: RunCache = field(default_factory=RunCache)
 
     @property

@@ -17,8 +17,9 @@ from ....likeness.methods import flashface
 from ....likeness.spec import Identity, People, Person
 from ... import types
 from ..face_stream import encode_images_with_vae, hash_tensor
-from ..injection import ATTN1_OUTPUT, FULL_WINDOW, GuidanceBranch, PatchPlace, SigmaWindow, make_window_inputs
+from ..injection import ATTN1_OUTPUT, GuidanceBranch, PatchPlace
 from ..patch import attach_injection, get_injections
+from ..schedule import Schedule, make_schedule_inputs
 from ..unet_layers import UNetLayer, list_unet_layers
 from .added_layers import AddedLayersTerm
 from .face_position import apply_face_position
@@ -96,14 +97,6 @@ def collect_reference_people(
     ]
 
 
-def make_launch_window(model: ModelPatcher, launch_timestep: int) -> SigmaWindow:
-    """From this timestep on. A sigma between two timesteps belongs to the nearer one, as the authors round."""
-    sampling: Any = model.get_model_object("model_sampling")
-    if launch_timestep >= flashface.NUM_TRAIN_TIMESTEPS - 1:
-        return FULL_WINDOW
-    return SigmaWindow(float(sampling.sigma(torch.tensor(launch_timestep + 0.5))), -1.0)
-
-
 class ApplyReference(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -133,7 +126,7 @@ class ApplyReference(io.ComfyNode):
                     tooltip="Guidance scale towards the references, in addition to CFG (lambda_ref), 0 to 10. It needs "
                     "a third row per image. 0 needs none and applies the references to both prompts.",
                 ),
-                *make_window_inputs(),
+                *make_schedule_inputs(),
                 io.Mask.Input(
                     "face_position", optional=True,
                     tooltip="Where the face should be: white in a mask with the aspect ratio of the image. "
@@ -217,9 +210,10 @@ class ApplyReference(io.ComfyNode):
         preview = ui.PreviewImage(torch.cat([images for _, images in faces]), cls=cls)
         if not strength or start_percent >= end_percent:
             return io.NodeOutput(model, ui=preview)
-        window = SigmaWindow.from_percents(model, start_percent, end_percent)
-        name, launch_window = f"reference {uuid.uuid4().hex}", make_launch_window(model, launch)
-        branch = GuidanceBranch(name, reference_guidance, rescale, window, launch_window)
+        schedule = Schedule(start_percent, end_percent)
+        launch_schedule = Schedule.from_timestep(launch + 0.5)  # sigma may lie between timesteps; the authors round
+        name = f"reference {uuid.uuid4().hex}"
+        branch = GuidanceBranch(name, reference_guidance, rescale, schedule, launch_schedule)
         text = reference_text[0][0] if reference_text else None
         settings = ReferenceSettings(strength, strength_before, branch, refresh, text)
         term = ReferenceTerm(model, reference_net, attentions, [person for person, _ in faces], settings)

@@ -14,10 +14,11 @@ from ....likeness.attention.feature_cache import ReferenceFeatureCache
 from ....likeness.methods import flashface
 from ... import types
 from ..face_stream import FaceRunState, FaceStreamInjection, get_weights_key, hash_tensor
-from ..injection import FULL_WINDOW, PROJECTED_OUTPUT_OPTION, AttentionTerm, GuidanceBranch, PatchPlace, RunCache
+from ..injection import PROJECTED_OUTPUT_OPTION, AttentionTerm, GuidanceBranch, PatchPlace, RunCache
 from ..layer_masks import get_query_coverage
 from ..model_call import ModelCall
 from ..patch import capture_attention_inputs, run_attention_backend
+from ..schedule import ALWAYS_ON
 from .added_layers import ADDED_LAYER_OUTPUT_OPTION
 
 ProjectionFunction = Callable[[Tensor], Tensor]
@@ -52,24 +53,24 @@ class ReferenceFaces:
 class ReferenceSettings:
     """How strongly, when and in which rows the references are applied.
 
-    Inside the window of `guidance`: at `strength_before` in all rows until its launch window begins, then at `strength`
+    During the schedule of `guidance`: at `strength_before` in all rows until its launch schedule begins, then at
+    `strength`
     in the rows of the branch, or in all rows if its scale is 0. The faces are read again every `refresh_interval`
     steps, with the text `reference_text` [1, T, C], or the negative prompt if that is None.
     """
 
     strength: float = 1.0
     strength_before: float = 1.0
-    guidance: GuidanceBranch = GuidanceBranch("", 0.0, 0.0, FULL_WINDOW, FULL_WINDOW)
+    guidance: GuidanceBranch = GuidanceBranch("", 0.0, 0.0, ALWAYS_ON, ALWAYS_ON)
     refresh_interval: int = 1
     reference_text: Tensor | None = None
 
     def compute_strengths(self, call: ModelCall) -> tuple[float, ...]:
         """The strength in each chunk of rows."""
         guidance = self.guidance
-        assert call.sigma is not None  # ReferenceTerm needs it
-        if not guidance.window.contains(call.sigma):
+        if not call.is_during(guidance.schedule):
             return (0.0,) * len(call.roles)
-        if not guidance.launch_window.contains(call.sigma):
+        if not call.is_during(guidance.launch_schedule):
             return (self.strength_before,) * len(call.roles)
         return tuple(self.strength if not guidance.scale or role == guidance.name else 0.0 for role in call.roles)
 
@@ -109,7 +110,7 @@ class ReferenceTerm(AttentionTerm, FaceStreamInjection[ReferenceFaces]):
     settings: ReferenceSettings
     run_cache: RunCache = field(default_factory=RunCache)
 
-    window = FULL_WINDOW  # the windows of the settings apply
+    schedule = ALWAYS_ON  # the schedules of the settings apply
 
     @property
     def is_separate_net(self) -> bool:
