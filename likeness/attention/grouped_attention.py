@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .regions import repeat_for_rows
-
 BiasedAttentionFunction = Callable[
     [Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]  # q, k, v [B, N, C], bias [1, 1, T] -> [B, N, C]
@@ -41,26 +39,42 @@ class QueryGroup:
     blocks: tuple[int, ...]
 
 
-def group_queries(visible_queries: Sequence[Tensor | None], num_rows: int, device: torch.device) -> list[QueryGroup]:
-    """Group the queries of `num_rows` rows by the blocks that they see. Depends on the regions only: once per run."""
-    masks = [None if mask is None else repeat_for_rows(mask, num_rows) for mask in visible_queries]
-    rows_differ = max((len(mask) for mask in masks if mask is not None), default=1) > 1
-    row_slices = [slice(row, row + 1) for row in range(num_rows)] if rows_differ else [slice(0, num_rows)]
-    groups: list[QueryGroup] = []
-    for rows in row_slices:
-        row_masks = [None if mask is None else mask[min(rows.start, len(mask) - 1)] for mask in masks]
-        first = next((mask for mask in row_masks if mask is not None), None)
+class QueryGrouping:
+    """The groups of queries for blocks of these `visible_queries`. They depend on the regions only: once per run."""
+
+    def __init__(self, visible_queries: Sequence[Tensor | None], device: torch.device) -> None:
+        self._masks, self._device = list(visible_queries), device
+        self._groups_by_mask_rows: dict[tuple[int, ...], list[tuple[Tensor | None, tuple[int, ...]]]] = {}
+
+    def group_rows(self, images: Sequence[int]) -> list[QueryGroup]:
+        """The groups of rows that are these images of the batch. Masks repeat if the batch has more images."""
+        images_differ = any(mask is not None and len(mask) > 1 for mask in self._masks)
+        slices = [slice(row, row + 1) for row in range(len(images))] if images_differ else [slice(0, len(images))]
+        return [
+            QueryGroup(rows, queries, blocks)
+            for rows in slices
+            for queries, blocks in self._group_image(images[rows.start])
+        ]
+
+    def _group_image(self, image: int) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+        mask_rows = tuple(0 if mask is None else image % len(mask) for mask in self._masks)
+        if mask_rows not in self._groups_by_mask_rows:
+            self._groups_by_mask_rows[mask_rows] = self._make_groups(mask_rows)
+        return self._groups_by_mask_rows[mask_rows]
+
+    def _make_groups(self, mask_rows: Sequence[int]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+        masks = [None if mask is None else mask[row] for mask, row in zip(self._masks, mask_rows, strict=True)]
+        first = next((mask for mask in masks if mask is not None), None)
         if first is None:
-            groups.append(QueryGroup(rows, None, tuple(range(len(row_masks)))))
-            continue
-        table = torch.stack([torch.ones_like(first) if mask is None else mask for mask in row_masks])
+            return [(None, tuple(range(len(masks))))]
+        table = torch.stack([torch.ones_like(first) if mask is None else mask for mask in masks])
         patterns, pattern_of_query = table.unique(dim=1, return_inverse=True)
+        groups: list[tuple[Tensor | None, tuple[int, ...]]] = []
         for p, pattern in enumerate(patterns.unbind(1)):
-            blocks = tuple(pattern.nonzero().flatten().tolist())
             is_only = patterns.shape[1] == 1
-            queries = None if is_only else (pattern_of_query == p).nonzero().flatten().to(device)
-            groups.append(QueryGroup(rows, queries, blocks))
-    return groups
+            queries = None if is_only else (pattern_of_query == p).nonzero().flatten().to(self._device)
+            groups.append((queries, tuple(pattern.nonzero().flatten().tolist())))
+        return groups
 
 
 def attend_blocks(

@@ -6,6 +6,7 @@ image. With B above 1 each image of a batch has its own mask; the masks repeat i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,14 +80,15 @@ def compute_visible_queries(
         others = [other for j, other in enumerate(inside) if j != i and other is not None]
         queries = own if outside == "none" and own is not None else everywhere
         for other in others:
-            queries = queries & ~repeat_for_rows(other, max(len(queries), len(other)))
+            num_images = math.lcm(len(queries), len(other))
+            queries = repeat_for_images(queries, num_images) & ~repeat_for_images(other, num_images)
         visible.append(queries)
     return visible
 
 
-def repeat_for_rows(tensor: Tensor, num_rows: int) -> Tensor:
-    """[B, ...] for `num_rows` images: a single one serves all, several are repeated in order."""
-    return tensor if len(tensor) in (1, num_rows) else tensor[torch.arange(num_rows) % len(tensor)]
+def repeat_for_images(tensor: Tensor, num_images: int) -> Tensor:
+    """[B, ...] for `num_images` images: a single one serves all, several are repeated in order."""
+    return tensor if len(tensor) in (1, num_images) else tensor[torch.arange(num_images) % len(tensor)]
 
 
 def feather_mask(mask: Tensor, pixels: int) -> Tensor:

@@ -254,20 +254,20 @@ def compute_face_key_bias(identity_tokens: IdentityTokens, device: torch.device)
 
 
 def arrange_batch_rows(
-    cond: Tensor, uncond: Tensor, is_conditional: tuple[bool, ...], rows_per_chunk: int, unfold: bool
+    cond: Tensor, uncond: Tensor, is_conditional: tuple[bool, ...], images: tuple[int, ...], unfold: bool
 ) -> Tensor:
-    """Keys or values of n faces, [n, T, C] each, for a batch of chunks.
+    """Keys or values of n faces, [n, T, C] each, for a batch of chunks, each of which has a row for these images.
 
-    Every row gets all faces, [chunks * rows_per_chunk, n * T, C]. With `unfold`, row i gets face i only, and further
-    rows the last face, [chunks * rows_per_chunk, T, C].
+    Every row gets all faces, [rows, n * T, C]. With `unfold`, image i gets face i only, and further images the last
+    face, [rows, T, C].
     """
     chunks = []
     for conditional in is_conditional:
         faces = cond if conditional else uncond
         if unfold:
-            chunks += [faces[min(i, len(faces) - 1)][None] for i in range(rows_per_chunk)]
+            chunks += [faces[min(image, len(faces) - 1)][None] for image in images]
         else:
-            chunks.append(faces.flatten(0, 1)[None].expand(rows_per_chunk, -1, -1))
+            chunks.append(faces.flatten(0, 1)[None].expand(len(images), -1, -1))
     return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
 
 

@@ -101,7 +101,7 @@ class DecoupledTerm(IdentityAttentionTerm):
         term = run_attention_backend(q, state.k, state.v, options, state.bias)
         if self.pulid_mode is not pulid.PLAIN_MODE:
             term = self.pulid_mode.orthogonalize(options[ATTENTION_OUTPUT_OPTION], term, q, state.k, options["n_heads"])
-        return self.apply_region(term, self.mask, state.call, q, options)
+        return self.apply_region(term, self.mask, q, options)
 
 
 class PostBlockTerm(DecoupledTerm):
@@ -115,7 +115,7 @@ class PostBlockTerm(DecoupledTerm):
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         layer, key_values = state
         term = layer.attend_identity(q, key_values.k, key_values.v)
-        return self.apply_region(term, self.mask, key_values.call, q, options)
+        return self.apply_region(term, self.mask, q, options)
 
 
 TERM_CLASSES: Mapping[str, type[DecoupledTerm]] = {"pulid_flux": PostBlockTerm}  # by kind; DecoupledTerm for the others

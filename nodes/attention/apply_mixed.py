@@ -111,7 +111,8 @@ class MixedCrossTerm(IdentityAttentionTerm):
             rows = [float(carries) for carries in call.is_conditional for _ in range(call.rows_per_chunk)]
             return Tensor(rows)[:, None, None].to(call.device, call.dtype)
 
-        return self.run_cache.get_or_compute(("conditional_rows", call), make_rows)
+        key = ("conditional_rows", call.is_conditional, call.rows_per_chunk, call.dtype, call.device)
+        return self.run_cache.get_or_compute(key, make_rows)
 
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         normalize, (text_k, text_v) = infinite_id.STYLE_NORMALIZATIONS[self.style], options[KEYS_VALUES_OPTION]
@@ -119,7 +120,7 @@ class MixedCrossTerm(IdentityAttentionTerm):
         k, v = normalize(layer.k, text_k), normalize(layer.v, text_v)
         term = self.strength * run_attention_backend(q, k, v, options, layer.bias)
         term = term if row_scale is None else term * row_scale
-        return self.apply_region(term, self.people[0].mask, layer.call, q, options)
+        return self.apply_region(term, self.people[0].mask, q, options)
 
 
 def list_self_attention_places(layers: Sequence[UNetLayer]) -> list[PatchPlace]:

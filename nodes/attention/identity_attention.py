@@ -16,6 +16,7 @@ from .. import types
 from .injection import AttentionTerm, PatchPlace
 from .layer_masks import get_query_coverage
 from .model_call import ModelCall
+from .slots import get_call_state
 
 ConditionalPair = tuple[Tensor, Tensor]  # for rows with and without the identity, [n, T, hidden] each
 
@@ -27,7 +28,6 @@ class LayerKeyValues:
     k: Tensor
     v: Tensor
     bias: Tensor | None
-    call: ModelCall
 
 
 class IdentityAttentionTerm(AttentionTerm):
@@ -37,7 +37,7 @@ class IdentityAttentionTerm(AttentionTerm):
 
     @property
     def has_face_per_row(self) -> bool:
-        """Whether row i of a batch gets face i alone, instead of all faces."""
+        """Whether image i of a batch gets face i alone, instead of all faces."""
         return False
 
     @property
@@ -55,15 +55,18 @@ class IdentityAttentionTerm(AttentionTerm):
         """For each place, the keys and then the values."""
 
     def prepare_states(self, call: ModelCall) -> Mapping[PatchPlace, LayerKeyValues]:
-        return self.run_cache.get_or_compute(call, lambda: self._arrange_states(call))
+        # Windows of equal length share the states, unless each image has a face of its own.
+        images = call.images if self.has_face_per_row else (0,) * len(call.images)
+        key = ("states", call.is_conditional, images, call.dtype, call.device)
+        return self.run_cache.get_or_compute(key, lambda: self._arrange_states(call))
 
     def _arrange_states(self, call: ModelCall) -> Mapping[PatchPlace, LayerKeyValues]:
         layers, bias = self.run_cache.get_or_compute((call.dtype, call.device), lambda: self._project_identity(call))
 
         def arrange(pair: ConditionalPair) -> Tensor:
-            return ip_adapter.arrange_batch_rows(*pair, call.is_conditional, call.rows_per_chunk, self.has_face_per_row)
+            return ip_adapter.arrange_batch_rows(*pair, call.is_conditional, call.images, self.has_face_per_row)
 
-        return {place: LayerKeyValues(arrange(k), arrange(v), bias, call) for place, (k, v) in layers.items()}
+        return {place: LayerKeyValues(arrange(k), arrange(v), bias) for place, (k, v) in layers.items()}
 
     def _project_identity(self, call: ModelCall) -> tuple[Mapping[PatchPlace, Any], Tensor | None]:
         tokens = self.make_identity_tokens(call.device)
@@ -74,10 +77,8 @@ class IdentityAttentionTerm(AttentionTerm):
         bias = None if self.has_face_per_row else ip_adapter.compute_face_key_bias(tokens, call.device)
         return layers, None if bias is None else bias.to(call.dtype)
 
-    def apply_region(
-        self, term: Tensor, mask: Tensor | None, call: ModelCall, q: Tensor, options: dict[str, Any]
-    ) -> Tensor:
+    def apply_region(self, term: Tensor, mask: Tensor | None, q: Tensor, options: dict[str, Any]) -> Tensor:
         """The term of the queries q [..., N, C] times the coverage of the region [B, H, W]; None is everywhere."""
         if mask is None:
             return term
-        return term * get_query_coverage(self.run_cache, mask, call, options, q.shape[-2])
+        return term * get_query_coverage(self.run_cache, mask, get_call_state(options).call, options, q.shape[-2])

@@ -20,8 +20,9 @@ def get_layer_grid(options: dict[str, Any]) -> tuple[int, int]:
     full, size = options.get(FULL_LATENT_SIZE_OPTION), options[LATENT_SIZE_OPTION]
     if full is not None and size != full:
         raise ValueError(
-            f"got people with masks, and a prompt for an area of {size[1]}x{size[0]} in a latent of "
-            f"{full[1]}x{full[0]}; expected prompts for the full image; give the prompt a mask instead of an area"
+            "give the prompt a mask instead of an area, if it has an area; else remove the node that splits the image "
+            "into tiles or windows, or the masks of people (without masks, people and tiles work together); got people "
+            f"with masks, and a part of {size[1]}x{size[0]} of a latent of {full[1]}x{full[0]}; expected the full image"
         )
     height, width = options[TOKEN_GRID_OPTION] if TOKEN_GRID_OPTION in options else options["activations_shape"][-2:]
     return height, width
@@ -74,10 +75,9 @@ def get_query_coverage(
     def compute() -> Tensor:
         warn_about_masks([mask], options, check_coverage=False)
         coverage = regions.compute_coverage(mask, *get_layer_grid(options))
-        coverage = regions.repeat_for_rows(coverage, call.rows_per_chunk)
-        coverage = coverage.repeat(len(call.roles), 1) if len(coverage) > 1 else coverage
         coverage = pad(coverage, (max(num_queries - coverage.shape[1], 0), 0))
         return coverage[..., None].to(call.device, call.dtype)
 
-    key = ("coverage", id(mask), get_layer_grid(options), num_queries, call)
-    return run_cache.get_or_compute(key, compute)
+    key = ("coverage", id(mask), get_layer_grid(options), num_queries, call.device, call.dtype)
+    coverage = run_cache.get_or_compute(key, compute)
+    return coverage if len(mask) == 1 else coverage[call.image_of_row % len(mask)]

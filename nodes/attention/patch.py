@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...likeness.attention.guidance import apply_reference_guidance
 from .flux_terms import (
     FLUX_BLOCK_QUERIES,
     FLUX_BLOCK_STREAM,
@@ -30,7 +29,8 @@ from .flux_terms import (
     keep_queries,
 )
 from .injection import ATTN1_OUTPUT, FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, GuidanceBranch, Injection, PatchPlace
-from .model_call import NO_PROMPTS, ModelCall, PromptBatch, count_text_tokens, find_prompt_name
+from .model_call import ModelCall
+from .prompt_batch import NO_PROMPTS, Prediction, PromptBatch
 from .schedule import NO_SCHEDULES, ResolvedSchedules
 from .slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, Attn1OutputPatch, CallState, keep_attention_input
 from .text_stream import (
@@ -38,15 +38,16 @@ from .text_stream import (
     OWN_TEXT_STREAM,
     SHARED_TEXT_STREAM,
     TEXT_STREAM_KINDS,
+    add_shared_rows,
     append_text_rows,
-    index_batch_rows,
+    remove_shared_rows,
+    stack_streams,
+    unstack_streams,
 )
 
-TRANSFORMER_OPTIONS = "transformer_options"
-# Keys in model_options during a prediction, and in transformer_options during a model call.
-GUIDER_CONDS_OPTION, BRANCH_RESULTS_OPTION = "likeness_guider_conds", "likeness_branch_results"
-PROMPT_BATCH_OPTION, SIGMA_OPTION = "likeness_prompt_batch", "likeness_sigma"
+TRANSFORMER_OPTIONS, CONTEXT_HANDLER_OPTION = "transformer_options", "context_handler"  # ComfyUI's
 SCHEDULES_OPTION = "likeness_schedules"  # in transformer_options during a run
+PROMPT_BATCH_OPTION = "likeness_prompt_batch"  # in transformer_options during a step
 
 # Places behind an attention -> the patch that keeps the attention's input, and the patch that adds the terms.
 AFTER_ATTENTION_PATCHES: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
@@ -169,7 +170,7 @@ def training_options(model: ModelPatcher, sigma: float) -> dict[str, Any]:
         TRANSFORMER_OPTIONS: {
             **model.model_options[TRANSFORMER_OPTIONS],
             "wrappers": model.wrappers,
-            PROMPT_BATCH_OPTION: PromptBatch(("positive",), {}, None, sigma, _resolve_schedules(model)),
+            PROMPT_BATCH_OPTION: PromptBatch(sigma=sigma, schedules=_resolve_schedules(model)),
         }
     }
 
@@ -202,13 +203,34 @@ class _CaptureDone(Exception):
     """Stops the UNet after the last wanted input."""
 
 
-@dataclass(eq=False)
-class _BranchResults:
-    """The predictions of the branches in one step. Mutable, as ComfyUI copies the dictionaries of options."""
+@dataclass(frozen=True, eq=False)
+class PromptHandler:
+    """Stands where ComfyUI looks for a handler of context windows, as prompts and latents are still whole there.
 
-    branches: list[GuidanceBranch]
-    positive_prediction: Tensor | None = None
-    predictions: dict[str, Tensor] = field(default_factory=dict)
+    It names the prompts, adds those of the guidance branches, and passes all on to the handler that was there, if any.
+    """
+
+    prediction: Prediction
+    windows: Any
+
+    def should_use_context(self, *_: Any) -> bool:
+        return True
+
+    def execute(
+        self, calc_cond_batch: Any, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> Any:
+        all_conds, batch = self.prediction.make_batch(conds)
+        options = {**model_options.get(TRANSFORMER_OPTIONS, {}), PROMPT_BATCH_OPTION: batch}
+        is_stacked = len(x) > batch.num_images and (self.windows is not None or "ad_params" in options)
+        if is_stacked:
+            options[PROMPT_BATCH_OPTION] = replace(batch, is_stacked=True)
+            x, timestep = stack_streams(x), timestep[: batch.num_images]
+        model_options = {**model_options, TRANSFORMER_OPTIONS: options, CONTEXT_HANDLER_OPTION: self.windows}
+        args = model, all_conds, x, timestep, model_options
+        has_windows = self.windows is not None and self.windows.should_use_context(*args)
+        out = self.windows.execute(calc_cond_batch, *args) if has_windows else calc_cond_batch(*args)
+        out = [unstack_streams(part) for part in out] if is_stacked else out
+        return self.prediction.keep_results(batch.names, out, len(conds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,103 +245,86 @@ class ModelWrappers:
     def by_type(self) -> dict[str, Callable[..., Any]]:
         return {
             WrappersMP.OUTER_SAMPLE: self.wrap_outer_sample,
+            WrappersMP.PREPARE_SAMPLING: self.wrap_prepare_sampling,
+            WrappersMP.SAMPLER_SAMPLE: self.wrap_sampler_sample,
             WrappersMP.PREDICT_NOISE: self.wrap_predict_noise,
             WrappersMP.CALC_COND_BATCH: self.wrap_calc_cond_batch,
             WrappersMP.DIFFUSION_MODEL: self.wrap_diffusion_model,
         }
 
     def wrap_outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Resolves the schedules by the model that is sampled, and adds the rows of a text stream with its own latent.
+        """Resolves the schedules by the model that is sampled. Clears the run caches, also after an error.
 
-        Clears the run caches, also after an error.
+        The wrappers here become the innermost ones, as those of other packs may change the rows of a call.
         """
         guider = executor.class_obj
-        schedules = {SCHEDULES_OPTION: _resolve_schedules(guider.model_patcher)}
-        options = {**guider.model_options[TRANSFORMER_OPTIONS], **schedules}
+        options = dict(guider.model_options[TRANSFORMER_OPTIONS])
+        options[SCHEDULES_OPTION] = _resolve_schedules(guider.model_patcher)
+        options["wrappers"] = {
+            name: dict(sorted(wrappers.items(), key=lambda item: item[0] == LIKENESS_KEY))
+            for name, wrappers in options["wrappers"].items()
+        }
         guider.model_options = {**guider.model_options, TRANSFORMER_OPTIONS: options}  # the guider's own, for this run
         try:
-            if self.text_stream != OWN_TEXT_STREAM:
-                return executor(*args, **kwargs)
-            num_rows = len(args[0])
-            args, kwargs = append_text_rows(*args, **kwargs)
-            return executor(*args, **kwargs)[:num_rows]
+            return executor(*args, **kwargs)
         finally:
             for injection in self.injections:
                 injection.run_cache.clear()
 
+    def wrap_prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """Has memory made available for the rows of a text stream."""
+        rows, *size = noise_shape
+        return executor(model, [2 * rows, *size] if self.text_stream else noise_shape, *args, **kwargs)
+
+    def wrap_sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Adds the rows of a text stream with its own latent, after all that nodes do to the image's noise."""
+        if self.text_stream != OWN_TEXT_STREAM:
+            return executor(guider, sigmas, *args, **kwargs)
+        args, kwargs = append_text_rows(*args, **kwargs)
+        samples = executor(guider, sigmas, *args, **kwargs)
+        return samples[: len(samples) // 2]
+
     def wrap_predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
     ) -> Any:
-        """Passes the names of the prompts, which only the guider knows, to their batching. Applies branch guidance."""
-        model_options = {**(model_options or {}), GUIDER_CONDS_OPTION: executor.class_obj.conds}
-        if not self.branches and not any(injection.needs_sigma for injection in self.injections):
-            return executor(x, timestep, model_options, seed)
-        sigma = float(timestep.flatten()[0])  # the one device sync of a step
-        model_options[SIGMA_OPTION] = sigma
-        if not self.branches:
-            return executor(x, timestep, model_options, seed)
-        get_window = model_options[TRANSFORMER_OPTIONS].get(SCHEDULES_OPTION, NO_SCHEDULES).get_window
-        active = [branch for branch in self.branches if get_window(branch.schedule).contains(sigma)]
-        results = _BranchResults([b for b in active if b.scale and get_window(b.launch_schedule).contains(sigma)])
-        denoised = executor(x, timestep, {**model_options, BRANCH_RESULTS_OPTION: results}, seed)
-        if not active:
-            return denoised
-        positive = results.positive_prediction
-        if positive is None or len(results.predictions) < len(results.branches):
-            raise RuntimeError(
-                f"got the guider {type(executor.class_obj).__name__}, which does not run its prompts through ComfyUI's "
-                "batching; expected one with a positive prompt that does; use KSampler or CFGGuider"
-            )
-        differences = [b.scale * (results.predictions[b.name] - positive) for b in results.branches]
-        rescale = max(b.rescale for b in active)
-        guided = apply_reference_guidance(x, timestep, denoised, positive, differences, rescale)
-        # The rows of a text stream follow the image's and are not guided.
-        rows = len(x) // 2 if self.text_stream == OWN_TEXT_STREAM else len(x)
-        return torch.cat((guided[:rows], denoised[rows:]))
+        """Passes what only the guider knows to the batching of its prompts. Applies the guidance of branches."""
+        guider, options = executor.class_obj, model_options or {}
+        schedules = options.get(TRANSFORMER_OPTIONS, {}).get(SCHEDULES_OPTION, NO_SCHEDULES)
+        needs_sigma = self.branches or any(injection.needs_sigma for injection in self.injections)
+        sigma = float(timestep.flatten()[0]) if needs_sigma else None  # the one device sync of a step
+        active = [b for b in self.branches if schedules.is_during(b.schedule, sigma)]
+        launched = [b for b in active if b.scale and schedules.is_during(b.launch_schedule, sigma)]
+        negative = next(iter(guider.conds.get("negative") or ()), None)
+        batch = PromptBatch(
+            negative_text=None if negative is None else negative["model_conds"]["c_crossattn"].cond,
+            sigma=sigma,
+            schedules=schedules,
+            num_images=len(x) // 2 if self.text_stream == OWN_TEXT_STREAM else len(x),
+            latent_size=tuple(x.shape[-2:]),
+        )
+        prediction = Prediction(guider.conds, batch, active, launched)
+        handler = PromptHandler(prediction, options.get(CONTEXT_HANDLER_OPTION))
+        denoised = executor(x, timestep, {**options, CONTEXT_HANDLER_OPTION: handler}, seed)
+        return prediction.apply_guidance(x, timestep, denoised, guider)
 
     def wrap_calc_cond_batch(
-        self, executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+        self, executor: Any, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> Any:
-        """Names the prompts that `cond_or_uncond` counts, and appends the rows of the branches, once per step."""
-        prompts = model_options.get(GUIDER_CONDS_OPTION)
-        if prompts is None:
+        """Makes rows of a text stream's channels again, once the images of a window are taken out of the batch."""
+        if not model_options[TRANSFORMER_OPTIONS].get(PROMPT_BATCH_OPTION, NO_PROMPTS).is_stacked:
             return executor(model, conds, x, timestep, model_options)
-        names = [find_prompt_name(cond, prompts) for cond in conds]
-        results: _BranchResults | None = model_options.get(BRANCH_RESULTS_OPTION)
-        is_first = results is not None and results.positive_prediction is None and "positive" in names
-        branch_names = [b.name for b in results.branches] if results is not None and is_first else []
-        all_conds = [*conds, *(list(prompts["positive"]) for _ in branch_names)]
-        negative = next(iter(prompts.get("negative") or ()), None)
-        options = {
-            **model_options.get(TRANSFORMER_OPTIONS, {}),
-            PROMPT_BATCH_OPTION: PromptBatch(
-                (*names, *branch_names),
-                count_text_tokens(all_conds),
-                None if negative is None else negative["model_conds"]["c_crossattn"].cond,
-                model_options.get(SIGMA_OPTION),
-                model_options[TRANSFORMER_OPTIONS].get(SCHEDULES_OPTION, NO_SCHEDULES),
-            ),
-            FULL_LATENT_SIZE_OPTION: tuple(x.shape[-2:]),
-        }
-        out = executor(model, all_conds, x, timestep, {**model_options, TRANSFORMER_OPTIONS: options})
-        if results is not None and is_first:
-            results.positive_prediction = out[names.index("positive")]
-            results.predictions = dict(zip(branch_names, out[len(conds) :], strict=True))
-        return out[: len(conds)]
+        out = executor(model, conds, unstack_streams(x), torch.cat((timestep, timestep)), model_options)
+        return [stack_streams(part) for part in out]
 
     def wrap_diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Decides which injections are on in this call and prepares their states, then runs the diffusion model."""
         options, args, kwargs = _copy_options(args, kwargs)
-        x, num_chunks = args[0], len(options.get("cond_or_uncond", (0,)))
-        if self.text_stream == SHARED_TEXT_STREAM:
-            index = torch.arange(len(x), device=x.device).view(num_chunks, 1, -1).repeat(1, 2, 1).flatten()
-            args, kwargs = index_batch_rows((args, kwargs), len(x), index, options)
-        options[LATENT_SIZE_OPTION] = tuple(x.shape[-2:])
+        batch = options.get(PROMPT_BATCH_OPTION, NO_PROMPTS)
+        call = batch.describe_call(args[0], args[1], options, self.text_stream)
+        options[LATENT_SIZE_OPTION], options[FULL_LATENT_SIZE_OPTION] = tuple(args[0].shape[-2:]), batch.latent_size
         patch_size = getattr(executor.class_obj, "patch_size", None)  # FLUX's; it pads the latent to full patches
         if patch_size is not None:
             options[TOKEN_GRID_OPTION] = tuple(-(-size // patch_size) for size in options[LATENT_SIZE_OPTION])
-        batch, positions = options.get(PROMPT_BATCH_OPTION, NO_PROMPTS), options.get("cond_or_uncond", (0,))
-        call = batch.make_model_call(args[0], args[1], positions, options.get("uuids", ()), bool(self.text_stream))
         active: dict[int, ActiveInjection] = {}
         for injection in self.injections:
             gate = _compute_gate(injection, call, options.get("sigmas"))
@@ -327,10 +332,10 @@ class ModelWrappers:
                 states = injection.prepare_states(call)
                 active[id(injection)] = ActiveInjection(states, gate if isinstance(gate, Tensor) else None)
         options[LIKENESS_KEY] = CallState(call, active, call.make_image_rows())
-        out = executor(*args, **kwargs)
         if self.text_stream != SHARED_TEXT_STREAM:
-            return out
-        return out.view(num_chunks, 2, -1, *out.shape[1:])[:, 0].reshape(x.shape[0], *out.shape[1:])
+            return executor(*args, **kwargs)
+        args, kwargs = add_shared_rows((args, kwargs), args[0], call.rows_per_chunk, options)
+        return remove_shared_rows(executor(*args, **kwargs), call.rows_per_chunk)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelWrappers:
         return self
@@ -344,8 +349,9 @@ def _compute_gate(injection: Injection, call: ModelCall, sigmas: Tensor | None) 
     """Whether an injection is on, or its factor (see SigmaWindow.compute_gate)."""
     if injection.needs_sigma and call.sigma is None:
         raise RuntimeError("the model was called without a guider; expected ComfyUI's samplers; use one of them")
-    window = call.schedules.get_window(injection.schedule)
-    return window.compute_gate(sigmas) if call.sigma is None else window.contains(call.sigma)
+    if call.sigma is not None:
+        return call.is_during(injection.schedule)
+    return call.schedules.get_window(injection.schedule).compute_gate(sigmas)
 
 
 def _get_model_wrappers(model: ModelPatcher) -> ModelWrappers:

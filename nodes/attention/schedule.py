@@ -85,6 +85,11 @@ class ResolvedSchedules:
             self._windows[schedule] = schedule.resolve(self._model_sampling)
         return self._windows[schedule]
 
+    def is_during(self, schedule: Schedule, sigma: float | None) -> bool:
+        """Whether a schedule is on at a sigma, which must be known."""
+        assert sigma is not None
+        return self.get_window(schedule).contains(sigma)
+
 
 NO_SCHEDULES = ResolvedSchedules(None)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...likeness.attention.grouped_attention import KeyValueBlock, attend_blocks, group_queries
+from ...likeness.attention.grouped_attention import KeyValueBlock, QueryGrouping, attend_blocks
 from .injection import (
     ATTENTION_OUTPUT_OPTION,
     KEYS_VALUES_OPTION,
@@ -143,11 +143,11 @@ class AttentionSlot:
         for extension, state in extensions:
             blocks = extension.extend_blocks(state, blocks, options)
         visible = [block.visible_queries for block in blocks]
-        # The groups depend on the regions alone. The masks are cached with them, so that no id is reused.
-        key = ("groups", *map(id, visible), len(q), q.device)
-        _, groups = extensions[0][0].run_cache.get_or_compute(
-            key, lambda: (visible, group_queries(visible, len(q), q.device))
+        grouping = extensions[0][0].run_cache.get_or_compute(
+            ("groups", *map(id, visible), q.device),  # the grouping holds the masks, so that no id is reused
+            lambda: QueryGrouping(visible, q.device),
         )
+        groups = grouping.group_rows(get_call_state(options).call.images)
         return attend_blocks(q, blocks, groups, lambda q, k, v, bias: self.backend(q, k, v, options, bias))
 
     def add(self, *_args: Any, **_kwargs: Any) -> None:

@@ -10,7 +10,7 @@ import comfy.ldm.modules.attention as backends
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.likeness.attention.grouped_attention import KeyValueBlock, attend_blocks, group_queries
+from comfyui_likeness.likeness.attention.grouped_attention import KeyValueBlock, QueryGrouping, attend_blocks
 from comfyui_likeness.likeness.methods import fused_kv
 from comfyui_likeness.likeness.spec import Person
 from comfyui_likeness.nodes.attention import patch
@@ -199,7 +199,7 @@ def test_query_groups_equal_a_mask(rows: int, images: int) -> None:
         bias = torch.tensor([0.5, 2.0, 1.0, 1.0]).log()[None, None] if i else None
         k, v = (torch.randn(1, 4, 8, generator=generator) for _ in "kv")
         blocks.append(KeyValueBlock(k, v, bias, visible))
-    groups = group_queries([b.visible_queries for b in blocks], rows, q.device)
+    groups = QueryGrouping([b.visible_queries for b in blocks], q.device).group_rows(range(rows))
     out = attend_blocks(q, blocks, groups, attend)
     assert torch.allclose(out, dense(q, blocks), atol=1e-6)
     assert sum(1 if g.queries is None else len(g.queries) for g in groups) <= 30 * rows

@@ -70,8 +70,8 @@ def test_portrait_makes_one_sequence_of_all_faces() -> None:
     case = PROJECTORS["proj_faceid_portrait_sd15"]
     module, stored, faces = build_projector(case, "portrait"), case.load_outputs(), case.build_input("faceid")[0]
     cond, uncond = module(faces), module(torch.zeros_like(faces))
-    assert_close(ip_adapter.arrange_batch_rows(cond, uncond, (True,), 1, False), stored["cond"])
-    assert_close(ip_adapter.arrange_batch_rows(cond, uncond, (False,), 1, False), stored["uncond"])
+    assert_close(ip_adapter.arrange_batch_rows(cond, uncond, (True,), (0,), False), stored["cond"])
+    assert_close(ip_adapter.arrange_batch_rows(cond, uncond, (False,), (0,), False), stored["uncond"])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def run_slot(
     place = PatchPlace("attn2", ("input", 1), 0, False)
 
     class Fixed(AttentionTerm):
-        window, run_cache, patchers, places = None, RunCache(), [], [place]
+        schedule, run_cache, patchers, places = None, RunCache(), [], [place]
 
         def prepare_states(self, call: ModelCall) -> dict[PatchPlace, object]:
             return {place: True}
@@ -163,7 +163,7 @@ def run_slot(
                 case.config["heads"],
             )
 
-    fixed, call = Fixed(), ModelCall(("positive",), len(q), q.dtype, q.device, torch.zeros(len(q)), None, None)
+    fixed, call = Fixed(), ModelCall(("positive",), tuple(range(len(q))), q.dtype, q.device, torch.zeros(len(q)))
     options = {
         "n_heads": case.config["heads"],
         LIKENESS_KEY: CallState(call, {id(fixed): ActiveInjection(fixed.prepare_states(call), None)}, None),

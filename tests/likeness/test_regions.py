@@ -72,8 +72,8 @@ def test_masks_repeat_over_a_larger_batch() -> None:
     both = torch.cat((left, right))
     visible = regions.compute_visible_queries([both, None], 8, 8)
     assert visible[0].shape[0] in (1, 2) and visible[1].shape[0] == 2
-    assert torch.equal(regions.repeat_for_rows(both, 5), both[[0, 1, 0, 1, 0]])
-    assert regions.repeat_for_rows(left, 5) is left
+    assert torch.equal(regions.repeat_for_images(both, 5), both[[0, 1, 0, 1, 0]])
+    assert regions.repeat_for_images(left, 5) is left
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,11 @@ def test_boxes_are_parsed_and_sorted() -> None:
 def test_half_covered_pixels_count_half() -> None:
     mask = regions.rasterize_boxes(torch.tensor([[0.5, 0, 2, 1.25]]), 3, 3)[0]
     assert torch.allclose(mask, torch.tensor([[0.5, 1, 0], [0.125, 0.25, 0], [0, 0, 0]]))
+
+
+def test_masks_of_different_numbers_repeat_each_by_itself() -> None:
+    two, three = (torch.rand(n, 8, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 3))
+    visible = regions.compute_visible_queries([two, three], 8, 8)
+    for image in range(6):
+        alone = regions.compute_visible_queries([two[image % 2][None], three[image % 3][None]], 8, 8)
+        assert all(torch.equal(many[image % len(many)], one[0]) for many, one in zip(visible, alone, strict=True))

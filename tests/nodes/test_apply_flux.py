@@ -334,7 +334,7 @@ def test_every_backend_agrees(base: ModelPatcher, backend: str, monkeypatch: pyt
 
 def test_a_host_that_passes_no_queries_raises() -> None:
     recorder = QueryRecorder(PatchPlace(flux_terms.FLUX_BLOCK_QUERIES, ("double", 0)))
-    call = ModelCall(("positive",), 1, torch.float32, torch.device("cpu"), torch.ones(1), None, None)
+    call = ModelCall(("positive",), (0,), torch.float32, torch.device("cpu"), torch.ones(1))
     call_state = CallState(call, {id(recorder): ActiveInjection(recorder.prepare_states(call), None)}, None)
     options = {LIKENESS_KEY: call_state, flux_terms.TOKEN_GRID_OPTION: (2, 2)}
     with pytest.raises(RuntimeError, match="expected 0.18 or newer"):

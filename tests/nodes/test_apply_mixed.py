@@ -10,7 +10,6 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from comfyui_likeness.likeness.spec import Person
 from comfyui_likeness.nodes.attention import patch
 from support.fused_kv import make_stripe_masks
@@ -26,22 +25,28 @@ def base() -> ModelPatcher:
     return make_small_model()
 
 
+def sample_with_text_rows(model: ModelPatcher, **changes: Any) -> tuple[Tensor, Tensor]:
+    """The latents of all rows of the sampler, and of the image, at the end of a run."""
+    outputs: list[Tensor] = []
+    sample = comfy.samplers.KSAMPLER.sample
+
+    def record(sampler: Any, guider: Any, *args: Any, **kwargs: Any) -> Tensor:
+        samples = sample(sampler, guider, *args, **kwargs)
+        outputs.append(guider.inner_model.process_latent_out(samples))
+        return samples
+
+    with pytest.MonkeyPatch.context() as watched:
+        watched.setattr(comfy.samplers.KSAMPLER, "sample", record)
+        out = sample_latent(model, **changes)
+    return outputs[0], out
+
+
 def sample_text_rows(model: ModelPatcher, **changes: Any) -> Tensor:
     """The latent of the text stream at the end of a run."""
-    outputs: list[Tensor] = []
-
-    def record(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        outputs.append(executor(*args, **kwargs))
-        return outputs[0]
-
-    watched = model.clone()
-    watched.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, "watching", record
-    )  # behind our wrapper, which doubles the rows
-    out = sample_latent(watched, **changes)
-    rows = outputs[0].shape[0] // 2
-    assert all_close(outputs[0][:rows], out, 1e-6)
-    return outputs[0][rows:]
+    both, out = sample_with_text_rows(model, **changes)
+    rows = len(both) // 2
+    assert all_close(both[:rows], out, 1e-6)
+    return both[rows:]
 
 
 NO_EFFECT: list[dict[str, Any]] = [
@@ -219,13 +224,7 @@ def test_text_stream_weights_of_two_nodes_add_up(base: ModelPatcher) -> None:
 def test_off_runs_no_text_stream(base: ModelPatcher) -> None:
     off, zero = apply_infinite_id(base, attention="off"), apply_infinite_id(base, self_attention=0.0)
     assert torch.equal(sample_latent(off), sample_latent(zero))
-    rows: list[int] = []
-    watched = off.clone()
-    watched.add_wrapper_with_key(
-        WrappersMP.OUTER_SAMPLE, "w", lambda e, *a, **k: (rows.append(len(a[0])), e(*a, **k))[1]
-    )
-    sample_latent(watched)
-    assert rows == [1]
+    assert len(sample_with_text_rows(off)[0]) == 1
 
 
 def test_attentions_and_styles_differ(base: ModelPatcher) -> None:

@@ -96,7 +96,7 @@ def test_regions_do_not_cover_text_tokens(base: ModelPatcher) -> None:
 
     class TermRecorder(QueryRecorder):
         def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-            call = ModelCall(("positive",), 1, q.dtype, q.device, torch.ones(1), None, None)
+            call = ModelCall(("positive",), (0,), q.dtype, q.device, torch.ones(1))
             for injection in (unmasked, masked):
                 assert isinstance(injection, AttentionTerm)
                 captured.append(injection.compute_term(injection.prepare_states(call)[place], q, options))
@@ -114,5 +114,5 @@ def test_area_prompts_with_regions_raise(base: ModelPatcher) -> None:
     assert not all_close(
         sample_flux_latent(apply_flux_adapter(base), positive=areas), sample_flux_latent(base, positive=areas), 1e-4
     )
-    with pytest.raises(ValueError, match="expected prompts for the full image"):
+    with pytest.raises(ValueError, match="expected the full image"):
         sample_flux_latent(apply_flux_adapter(base, identity_or_people=make_two_people(OMNI_ID_KIND)), positive=areas)
