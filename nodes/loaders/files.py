@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...likeness.checkpoints import quantized_weights
+
 MODEL_FOLDERS = ("ipadapter", "instantid", "pulid", "clip_vision", "insightface", "likeness", "identities")
 # The weights that ship with the pack, and the model folders that they belong to.
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
@@ -89,10 +91,11 @@ def _hash_file(path: Path, _signature: tuple[int, int]) -> str:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file. Names of nested groups in a `.bin` are joined with dots.
+    """The tensors of a weight file, in any float dtype. Names of nested groups in a `.bin` are joined with dots.
 
-    No code of the file is executed: it is read by safetensors or by torch's weights-only unpickler. Raises ValueError
-    if the file is empty, cut short, not a weight file, or holds NaN or infinity.
+    No code of the file is executed: it is read by safetensors or by torch's weights-only unpickler. Scaled float8
+    weights are multiplied out. Raises ValueError if the file is empty, cut short, not a weight file, quantized in
+    another way, or holds NaN or infinity.
     """
     head = path.open("rb").read(64).lstrip()
     if not head:
@@ -108,10 +111,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"got {path.name}, which cannot be read ({reason}); "
             "expected a complete .safetensors or .bin file of tensors; it may be cut short: download it again"
         ) from error
-    tensors = flatten_tensors(loaded)
-    broken = next(
-        (key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()), None
-    )
+    try:
+        tensors = quantized_weights.dequantize_weights(flatten_tensors(loaded))
+    except ValueError as error:
+        raise ValueError(f"download {path.name} in float16 or plain float8; {error}") from error
+    broken = next((key for key, value in tensors.items() if not quantized_weights.is_finite(value)), None)
     if broken is not None:
         raise ValueError(
             f"got {path.name}, whose tensor {broken} holds NaN or infinity; expected finite weights; download it again"

@@ -10,6 +10,7 @@ from torch import nn
 from ...likeness.attention.feature_cache import DEFAULT_CACHE_BYTES, ReferenceFeatureCache
 
 FEATURE_CACHE_BYTES = DEFAULT_CACHE_BYTES
+ENCODER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def make_feature_cache(max_bytes: int) -> ReferenceFeatureCache:
@@ -31,10 +32,13 @@ def make_model_patcher(module: nn.Module) -> ModelPatcher:
 
 
 def make_encoder_patcher(module: nn.Module) -> ModelPatcher:
-    """The same for an encoder, in float32 if float16 is slow or unsupported on its device."""
+    """The same for an encoder, which computes in the dtype of its weights: in float32 if float16 is slow or unsupported
+    on its device, and never in float8 or float64."""
     device = comfy.model_management.text_encoder_device()
     if comfy.model_management.should_use_fp16(device) is False:
         module.float()
+    elif next(module.parameters()).dtype not in ENCODER_DTYPES:
+        module.half()
     return ModelPatcher(
         module.eval().requires_grad_(False), device, comfy.model_management.text_encoder_offload_device()
     )
