@@ -12,7 +12,7 @@ KeyRules = Sequence[tuple[str, str]]
 # IP-Adapter, FaceID, Portrait, InstantID, PuLID. Layers keep the file's numbers: attention processors in the order
 # down, up, middle, of which the odd ones are cross-attentions. `lora.` is FaceID's LoRA of the base model's attentions.
 IP_ADAPTER: KeyRules = (
-    (r"(?:image_proj|id_adapter|pulid_encoder)\.(.+)", r"projector.\1"),
+    (r"(?:image_proj|image_proj_model|id_adapter|pulid_encoder)\.(.+)", r"projector.\1"),
     (r"(?:ip_adapter|adapter_modules)\.(\d+)\.to_([kv])_ip\.weight", r"layers.\1.\2.weight"),
     (r"id_adapter_attn_layers\.(\d+)\.id_to_([kv])\.weight", r"layers.\1.\2.weight"),
     (r"pulid_ca\.(\d+)\.(.+)", r"layers.\1.\2"),

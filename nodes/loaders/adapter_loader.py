@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import comfy.ops
 from comfy_api.latest import io
 
-from ...likeness.checkpoints import checkpoint_detection, key_maps, native_flashface
+from ...likeness.checkpoints import checkpoint_detection, key_maps, native_flashface, training_checkpoint
 from ...likeness.methods import fused_kv, omni_id
 from ...likeness.methods.ip_adapter import ADAPTER_KINDS
 from ...likeness.spec import AdapterSpec, Feature
@@ -66,20 +68,26 @@ def load_adapter_file(file: str, variant: str = "auto") -> tuple[types.LoadedAda
     tensors = files.load_weights(path)
     if FLASHFACE_TENSOR_NAME in tensors:
         raise ValueError(f"got {file}, a FlashFace checkpoint; expected an adapter; load it with Load FlashFace")
+    tensors, left_out = training_checkpoint.extract_adapter_tensors(tensors)
     tensors = key_maps.rename_keys(tensors, key_maps.IP_ADAPTER)
     spec, is_guess = checkpoint_detection.detect_adapter_spec(tensors, path.as_posix(), variant)
     module = checkpoint_detection.build_ip_adapter(spec, tensors, comfy.ops.manual_cast)
     lora = key_maps.select_prefix(tensors, "lora.")
     adapter = types.LoadedAdapter(spec, model_management.make_model_patcher(module), lora, file)
-    return adapter, describe_adapter(spec, file, is_guess)
+    return adapter, describe_adapter(spec, file, is_guess, left_out)
 
 
-def describe_adapter(spec: AdapterSpec, file: str, is_guess: bool) -> str:
-    """The report of a published adapter: kind, base model, and the encoders it needs, with those that are missing."""
+def describe_adapter(spec: AdapterSpec, file: str, is_guess: bool, left_out: Sequence[str] = ()) -> str:
+    """The report of a published adapter: kind, base model, and the encoders it needs, with those that are missing.
+
+    `left_out` are the parts of a training checkpoint that are not the adapter.
+    """
     unit = native_adapters.get_token_unit(spec)
     lines = [f"{file}: {ADAPTER_KINDS[spec.kind].title} for {spec.base}, {spec.tokens} tokens per {unit}"]
     if is_guess:
         lines.append("Guessed from the file name, because the tensors fit several kinds. If it is wrong, set variant.")
+    if left_out:
+        lines.append(f"A training checkpoint; its {', '.join(left_out)} are not used.")
     if spec.lora_rank:
         lines.append(f"Contains its LoRA of rank {spec.lora_rank}; no separate LoRA file is needed.")
     # Several layers of one network make one line.

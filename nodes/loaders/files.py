@@ -111,8 +111,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"got {path.name}, which cannot be read ({reason}); "
             "expected a complete .safetensors or .bin file of tensors; it may be cut short: download it again"
         ) from error
+    tensors = flatten_tensors(loaded)
+    if not tensors:
+        raise ValueError(f"download {path.name} again: got a file without tensors; expected named tensors")
     try:
-        tensors = quantized_weights.dequantize_weights(flatten_tensors(loaded))
+        tensors = quantized_weights.dequantize_weights(tensors)
     except ValueError as error:
         raise ValueError(f"download {path.name} in float16 or plain float8; {error}") from error
     broken = next((key for key, value in tensors.items() if not quantized_weights.is_finite(value)), None)
@@ -159,11 +162,9 @@ def read_native_metadata(path: Path) -> dict[str, Any] | None:
 
 
 def flatten_tensors(groups: object, prefix: str = "") -> dict[str, Tensor]:
-    """Join nested groups of tensors into dotted names. Raises ValueError on anything else."""
-    if not isinstance(groups, dict):
-        raise ValueError(f"got a {type(groups).__name__} at {prefix or 'the top'}; expected named tensors")
+    """Join nested groups of tensors into dotted names, without what else a training loop stores beside them."""
     tensors: dict[str, Tensor] = {}
-    for key, value in groups.items():
+    for key, value in groups.items() if isinstance(groups, dict) else ():
         if isinstance(value, torch.Tensor):
             tensors[f"{prefix}{key}"] = value
         else:

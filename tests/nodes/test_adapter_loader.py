@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import pytest
@@ -79,6 +80,84 @@ def test_report_of_pulid_finds_its_encoders(folder: Path) -> None:
     save_file({"visual.trunk.pos_embed": torch.zeros(1, 577, 1024)}, encoders / "EVA.safetensors")
     (encoders / "EVA_cut.pt").write_bytes((encoders / "EVA.pt").read_bytes()[:5000])
     assert "found as EVA.pt, EVA.safetensors." in adapter_loader.load_adapter_file("pulid.safetensors")[1]
+
+
+# The blocks of SD1.5's UNet in the order in which published files count, by their paths in diffusers.
+SD15_BLOCKS = (
+    *(f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)),
+    *(f"up_blocks.{i}.attentions.{j}" for i in range(1, 4) for j in range(3)),
+    "mid_block.attentions.0",
+)
+
+
+def name_by_module_path(key: str) -> str:
+    """A published key of a layer as the attention processor's in diffusers' UNet."""
+    _, number, name = key.split(".", 2)
+    block, attention = SD15_BLOCKS[int(number) // 2], int(number) % 2 + 1
+    return f"unet.{block}.transformer_blocks.0.attn{attention}.processor.{name}"
+
+
+def rename_in_training(flat: dict[str, torch.Tensor], by_path: bool, prefix: str = "") -> dict[str, torch.Tensor]:
+    """An adapter's tensors under the names of IP-Adapter's training script."""
+    rename = {
+        "image_proj": lambda key: key.replace("image_proj.", "image_proj_model."),
+        "ip_adapter": name_by_module_path if by_path else lambda key: key.replace("ip_adapter.", "adapter_modules."),
+    }
+    return {prefix + rename[key.split(".")[0]](key): value for key, value in flat.items()}
+
+
+UNET_TENSORS = {
+    "unet.conv_in.weight": torch.ones(3, 3),
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.ones(3, 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["image", "faceid"])
+def test_training_checkpoints_hold_the_same_adapter(folder: Path, kind: str) -> None:
+    flat = make_ip_adapter_tensors(kind)
+    by_number, by_path = (rename_in_training(flat, by_path) for by_path in (False, True))
+    loop = {"global_step": 7, "epoch": 1, "args": {"lr": 1e-4, "resume": None}, "log": ["a", 2]}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]}
+    shared = {name_by_module_path(key): value for key, value in flat.items() if key.startswith("ip_adapter.")}
+    counters = {"step": torch.tensor(7), "adapter_modules.steps": torch.tensor([7])}
+    wrapped_projector = {key.replace("_model.", "_model.module._orig_mod."): value for key, value in by_path.items()}
+    # file -> content, what is left out of it
+    checkpoints: dict[str, tuple[dict[str, Any], str]] = {
+        "accelerate.bin": ({**UNET_TENSORS, **shared, **by_number}, "unet"),
+        "accelerate.safetensors": ({**UNET_TENSORS, **by_path, **counters}, "unet"),
+        "ddp.bin": ({f"module.{key}": value for key, value in {**UNET_TENSORS, **by_number}.items()}, "unet"),
+        "loop.pt": ({"model": by_number, "optimizer": optimizer, **loop}, "optimizer"),
+        "nested.pt": ({**nest_tensors(flat), "optimizer": optimizer, "lr_scheduler": {"step": 3}, **loop}, "optimizer"),
+        "state_dict.ckpt": ({"state_dict": {**UNET_TENSORS, **by_path}, **loop}, "unet"),
+        "ip_list.bin": ({key.replace("_ip.weight", "_ip.0.weight"): value for key, value in by_path.items()}, ""),
+        "parts.bin": (wrapped_projector, ""),
+    }
+    save_file(flat, folder / "ipadapter" / "published.safetensors")
+    expected, plain_report = adapter_loader.load_adapter_file("published.safetensors")
+    for name, (content, left_out) in checkpoints.items():
+        path = folder / "ipadapter" / name
+        save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
+        loaded, report = adapter_loader.load_adapter_file(name)
+        assert loaded.spec == expected.spec, name
+        for a, b in (
+            (loaded.patcher.model.state_dict(), expected.patcher.model.state_dict()),
+            (loaded.lora, expected.lora),
+        ):
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+        note = f"A training checkpoint; its {left_out} are not used.\n" if left_out else ""
+        title, rest = plain_report.replace("published.safetensors", name).split("\n", 1)
+        assert report == f"{title}\n{note}{rest}"
+
+
+def test_parts_of_an_adapter_that_are_not_known_are_refused(folder: Path) -> None:
+    by_number = rename_in_training(make_ip_adapter_tensors("image"), by_path=False)
+    path = folder / "ipadapter" / "a.safetensors"
+    save_file({**by_number, "unet.mid_block.attn1.to_q.lora_A.default.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(ValueError, match="lora_A"):
+        adapter_loader.load_adapter_file(path.name)
+    save_file({**by_number, "module.image_proj_model.norm.weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="two keys for 'image_proj_model.norm.weight'"):
+        adapter_loader.load_adapter_file(path.name)
 
 
 OFFICIAL_NAMES = (
