@@ -176,7 +176,7 @@ class LoadIdentity(io.ComfyNode):
                     options=[
                         name
                         for name in files.list_weight_files(IDENTITIES_FOLDER)
-                        if name.endswith(identity_file.IDENTITY_FILE_SUFFIX)
+                        if files.has_suffix(name, identity_file.IDENTITY_FILE_SUFFIX)
                     ],
                     tooltip="Identity file from models/identities (.safetensors). Press R to refresh the list.",
                 ),

@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..checkpoints import file_kinds
 from ..spec import Identity, parse_encoder_id
 
 IDENTITY_FILE_SUFFIX = ".safetensors"
@@ -178,16 +179,20 @@ def _read_metadata(length_bytes: bytes, file: BinaryIO, path: Path) -> Any:
         problem = "a web page" if length_bytes.lstrip().startswith(b"<") else "not a complete safetensors file"
         raise ValueError(f"got {path.name}, {problem}; {INVALID_FILE_HINT}")
     header = _parse_json(file.read(size).decode("utf-8", "replace"), path.name)
-    entries = [value for key, value in header.items() if key != "__metadata__"] if isinstance(header, dict) else []
-    if not all(isinstance(entry, dict) and entry.get("dtype") in HEADER_DTYPES for entry in entries):
+    entries = dict(header) if isinstance(header, dict) else {}
+    file_metadata = entries.pop("__metadata__", None)
+    text = file_metadata.get("likeness") if isinstance(file_metadata, dict) else None
+    metadata = _parse_json(text, path.name) if isinstance(text, str) else None
+    file_kinds.check_file_kind(
+        path.name, entries, metadata if isinstance(metadata, dict) else None, file_kinds.IDENTITY
+    )
+    if not all(isinstance(entry, dict) and entry.get("dtype") in HEADER_DTYPES for entry in entries.values()):
         raise ValueError(f"got {path.name}, with tensors other than {', '.join(HEADER_DTYPES)}; {INVALID_FILE_HINT}")
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    text = metadata.get("likeness") if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    if metadata is None:
         raise ValueError(
             f"got {path.name}, a safetensors file without the metadata of an identity; {INVALID_FILE_HINT}"
         )
-    return _parse_json(text, path.name)
+    return metadata
 
 
 def _parse_json(text: str, source: str) -> Any:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import comfy.ops
 from comfy_api.latest import io
 
-from ...likeness.checkpoints import checkpoint_detection, key_maps, native_flashface, training_checkpoint
-from ...likeness.methods import fused_kv, omni_id
+from ...likeness.checkpoints import checkpoint_detection, file_kinds, key_maps, training_checkpoint
+from ...likeness.methods import fused_kv
 from ...likeness.methods.ip_adapter import ADAPTER_KINDS
 from ...likeness.spec import AdapterSpec, Feature
 from .. import types
@@ -16,7 +16,6 @@ from . import files, fused_kv_loader, model_management, native_adapters
 
 ADAPTER_FOLDERS = ("ipadapter", "instantid", "pulid", "likeness")
 VARIANT_OPTIONS = ("auto", *checkpoint_detection.REQUIRED_FEATURES)
-FLASHFACE_TENSOR_NAME = "ref_encoder.0.weight"
 
 # Network -> names of one tensor in its layouts, the tensor's shape, the encoder's family, the loader node.
 EVA_POSITION_NAMES = ("visual.pos_embed", "visual.trunk.pos_embed")
@@ -43,31 +42,19 @@ NATIVE_LOADERS = {
     **dict.fromkeys(native_adapters.NATIVE_KINDS, native_adapters.load_native_adapter),
 }
 
-# Native kinds that are not adapters, and the nodes that load them.
-KINDS_OF_OTHER_LOADERS = {
-    omni_id.KIND: ("an Omni-ID encoder", "Load Omni-ID Encoder"),
-    native_flashface.KIND: ("a FlashFace file", "Load FlashFace"),
-}
-
 
 def load_adapter_file(file: str, variant: str = "auto") -> tuple[types.LoadedAdapter | types.LoadedFusedKV, str]:
     """Load an adapter file, with a report. Raises ValueError if it is damaged or not an adapter."""
     path = files.find_model_file(file, *ADAPTER_FOLDERS)
-    metadata = files.read_native_metadata(path)
+    metadata, tensors = files.read_native_metadata(path), files.load_weights(path, file_kinds.ADAPTER)
     if metadata is not None:
         kind = metadata.get("kind")
-        if kind in KINDS_OF_OTHER_LOADERS:
-            title, node = KINDS_OF_OTHER_LOADERS[kind]
-            raise ValueError(f"got {file}, {title}; expected an adapter; load it with {node}")
-        if kind not in NATIVE_LOADERS:
+        if str(kind) not in NATIVE_LOADERS:
             raise ValueError(
                 f"got {file}, a native file of kind {kind!r}; expected {', '.join(NATIVE_LOADERS)}; it may need a "
                 "newer version of the pack"
             )
-        return NATIVE_LOADERS[kind](files.load_weights(path), metadata, file)
-    tensors = files.load_weights(path)
-    if FLASHFACE_TENSOR_NAME in tensors:
-        raise ValueError(f"got {file}, a FlashFace checkpoint; expected an adapter; load it with Load FlashFace")
+        return NATIVE_LOADERS[kind](tensors, metadata, file)
     tensors, left_out = training_checkpoint.extract_adapter_tensors(tensors)
     tensors = key_maps.rename_keys(tensors, key_maps.IP_ADAPTER)
     spec, is_guess = checkpoint_detection.detect_adapter_spec(tensors, path.as_posix(), variant)

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...likeness.checkpoints import quantized_weights
+from ...likeness.checkpoints import file_kinds, quantized_weights
 
 MODEL_FOLDERS = ("ipadapter", "instantid", "pulid", "clip_vision", "insightface", "likeness", "identities")
 # The weights that ship with the pack, and the model folders that they belong to.
 SHIPPED_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 SHIPPED_FOLDERS = ("insightface", "ipadapter", "likeness")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 NOT_WEIGHTS_HEADERS = (
     (b"<", "a web page, probably a login or error page"),
@@ -50,7 +51,12 @@ def register_model_folders(extra_folders: Iterable[Path] = ()) -> None:
 def list_weight_files(*folders: str) -> list[str]:
     """The names of the weight files in these model folders, sorted, without duplicates."""
     names = {name for folder in folders for name in folder_paths.get_filename_list(folder)}
-    return sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
+    return sorted(name for name in names if has_suffix(name, *SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES))
+
+
+def has_suffix(name: str, *suffixes: str) -> bool:
+    """Whether a file name ends with one of these suffixes, in upper or lower case."""
+    return name.lower().endswith(suffixes)
 
 
 def list_folder_paths(folder: str) -> list[Path]:
@@ -90,12 +96,14 @@ def _hash_file(path: Path, _signature: tuple[int, int]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weight file, in any float dtype. Names of nested groups in a `.bin` are joined with dots.
+def load_weights(path: Path, expected_kind: str) -> dict[str, Tensor]:
+    """The tensors of a weight file of a kind in file_kinds.FILE_KINDS, in any float dtype.
+
+    Names of nested groups in a `.bin` are joined with dots.
 
     No code of the file is executed: it is read by safetensors or by torch's weights-only unpickler. Scaled float8
-    weights are multiplied out. Raises ValueError if the file is empty, cut short, not a weight file, quantized in
-    another way, or holds NaN or infinity.
+    weights are multiplied out. Raises ValueError if the file is empty, cut short, not a weight file, of another kind,
+    quantized in another way, or holds NaN or infinity.
     """
     head = path.open("rb").read(64).lstrip()
     if not head:
@@ -114,6 +122,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     tensors = flatten_tensors(loaded)
     if not tensors:
         raise ValueError(f"download {path.name} again: got a file without tensors; expected named tensors")
+    file_kinds.check_file_kind(path.name, tensors, read_native_metadata(path), expected_kind)
     try:
         tensors = quantized_weights.dequantize_weights(tensors)
     except ValueError as error:
@@ -128,16 +137,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def read_tensor_shape(name: str, folder: str, tensor_names: Sequence[str]) -> list[int] | None:
     """The shape of the first tensor with one of these names, read without loading weights; None if there is none."""
+    shapes = read_tensor_shapes(find_model_file(name, folder))
+    return next((shapes[key] for key in tensor_names if key in shapes), None)
+
+
+def read_tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors of a file, read without loading weights; none if it cannot be read."""
     try:
-        path = find_model_file(name, folder)
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as tensors:
-                key = next((key for key in tensor_names if key in tensors.keys()), None)  # noqa: SIM118
-                return None if key is None else list(tensors.get_slice(key).get_shape())
+        if has_suffix(path.name, *SAFETENSORS_SUFFIXES):
+            with safe_open(path, "pt") as file:
+                return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         tensors = flatten_tensors(torch.load(path, map_location="meta", mmap=True, weights_only=True))
-        return next((list(tensors[key].shape) for key in tensor_names if key in tensors), None)
+        return {key: list(value.shape) for key, value in tensors.items()}
     except Exception:  # load_weights reports damaged files
-        return None
+        return {}
 
 
 def read_native_metadata(path: Path) -> dict[str, Any] | None:

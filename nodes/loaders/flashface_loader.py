@@ -19,7 +19,7 @@ from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ...likeness.attention.feature_cache import ReferenceFeatureCache
-from ...likeness.checkpoints import key_maps, native_flashface
+from ...likeness.checkpoints import file_kinds, key_maps, native_flashface
 from ...likeness.methods import flashface
 from ...likeness.spec import FlashFaceSpec
 from .. import types
@@ -155,7 +155,7 @@ def load_flashface(file: str, base: ModelPatcher | None, max_cache_bytes: int) -
     """Load a FlashFace file, with a feature cache of `max_cache_bytes`. Raises ValueError (see `build_flashface`)."""
     path = files.find_model_file(file, FLASHFACE_FOLDER)
     return build_flashface(
-        files.load_weights(path),
+        files.load_weights(path, file_kinds.FLASHFACE),
         file,
         model_management.make_feature_cache(max_cache_bytes),
         base,

@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness.checkpoints import key_maps
+from ...likeness.checkpoints import file_kinds, key_maps
 from .. import types
 from . import files, model_management
 from .vision_towers import LayerOutputs, VisionTower, build_vision_tower
@@ -61,7 +61,7 @@ def load_image_encoder(file: str, activation: str = "auto") -> OpenClipEncoder:
     Raises ValueError if the file is damaged or of another layout.
     """
     path = files.find_model_file(file, "clip_vision")
-    tensors = files.load_weights(path)
+    tensors = files.load_weights(path, file_kinds.IMAGE_ENCODER)
     candidates = (key_maps.select_prefix(tensors, prefix) for prefix in VISION_PREFIXES)
     weights = next((weights for weights in candidates if weights), {})
     tower = build_vision_tower(weights, path.name, activation)

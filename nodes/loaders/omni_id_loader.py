@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...likeness.checkpoints import key_maps
+from ...likeness.checkpoints import file_kinds, key_maps
 from ...likeness.methods import omni_id
 from ...likeness.spec import OmniIDSpec
 from .. import types
@@ -56,11 +56,10 @@ def run_optimized_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bia
 def load_omni_id_encoder(file: str) -> OmniIDEncoder:
     """Load an encoder file. Raises ValueError if it is damaged or of another kind."""
     path = files.find_model_file(file, OMNI_ID_FOLDER)
-    metadata, tensors = files.read_native_metadata(path), files.load_weights(path)
+    metadata, tensors = files.read_native_metadata(path), files.load_weights(path, file_kinds.OMNI_ID)
     if metadata is None:
         raise ValueError(
-            f"got {file}, which is not in this pack's format; expected an Omni-ID encoder; load adapters with Load "
-            "Identity Adapter, image encoders with Load Image Encoder"
+            f"choose another file: got {file}, which is not in this pack's format; expected an Omni-ID encoder"
         )
     spec = omni_id.read_omni_id_spec(tensors, metadata, file)
     tensors = omni_id.interpolate_position_embeddings(tensors, spec)

@@ -163,8 +163,8 @@ def test_the_loader_reads_what_the_command_writes(authors: Any, tmp_path: Path, 
     assert alone.inverter is None
     wrong: dict[tuple[str, str], str] = {
         ("in.pt", "a.safetensors"): r"pickled modules.*python -m tools.convert_adaface in.pt out.safetensors",
-        ("a.safetensors", "a.safetensors"): "not an AdaFace file",
-        ("out.safetensors", "out.safetensors"): "not Arc2Face's text encoder",
+        ("a.safetensors", "a.safetensors"): "a text encoder; expected AdaFace's prompt inverter",
+        ("out.safetensors", "out.safetensors"): "AdaFace's prompt inverter; expected a text encoder",
         ("cut.safetensors", "a.safetensors"): "cut short",
         ("nan.safetensors", "a.safetensors"): "NaN",
         ("less.safetensors", "a.safetensors"): "misses encoder.layers.3.mlp.fc1.bias",

@@ -226,7 +226,7 @@ def drop_key(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, Any], str]] = {
     "newer": (dict, {"version": 2}, "of version 2; this pack reads up to version 1; update the pack"),
-    "other kind": (dict, {"kind": "fused_kv"}, "not that of the kind omni_id"),
+    "other kind": (dict, {"kind": "fused_kv"}, "an identity adapter; expected an Omni-ID encoder"),
     "nan": (lambda w: w | {"norm.bias": torch.full((160,), torch.nan)}, {}, "norm.bias holds NaN"),
     "missing": (drop_key("self.1.q.weight"), {}, "misses self.1.q.weight"),
     "no trunk": (drop_key("trunk.conv1.weight"), {}, "incomplete or misshapen"),
@@ -257,10 +257,14 @@ def test_foreign_and_damaged_files_are_refused(file: Path) -> None:
         file.with_name("clip.safetensors"),
     )
     torch.save({"ref_encoder.0.weight": torch.zeros(4, 4)}, file.with_name("flashface.ckpt"))
-    for name in ("ip-adapter.safetensors", "clip.safetensors", "flashface.ckpt"):
-        with pytest.raises(
-            ValueError, match=f"got {name}, which is not in this pack.s format; expected an Omni-ID encoder"
-        ):
+    save_file({"norm.weight": torch.zeros(4)}, file.with_name("other.safetensors"))
+    for name, title in (
+        ("ip-adapter.safetensors", "an identity adapter"),
+        ("clip.safetensors", "an image encoder"),
+        ("flashface.ckpt", "a FlashFace file"),
+        ("other.safetensors", "which is not in this pack's format"),
+    ):
+        with pytest.raises(ValueError, match=f"got {name}, {title}; expected an Omni-ID encoder"):
             omni_id_loader.load_omni_id_encoder(name)
     for name, content, message in (
         ("cut.safetensors", data[: len(data) // 2], "cannot be read.*cut short"),
@@ -305,7 +309,7 @@ def test_damaged_files_raise_or_load_completely(file: Path) -> None:
 
 
 def test_load_identity_adapter_refuses_omni_id_encoders(file: Path) -> None:
-    with pytest.raises(ValueError, match=f"got {FILE}, an Omni-ID encoder; .*load it with Load Omni-ID Encoder"):
+    with pytest.raises(ValueError, match=f"got {FILE}, an Omni-ID encoder; expected an identity adapter"):
         adapter_loader.load_adapter_file(file.name)
 
 

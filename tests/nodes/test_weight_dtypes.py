@@ -230,7 +230,7 @@ def test_scales_of_other_formats_and_damaged_float8_are_refused(folder: Path) ->
     ):
         save_file(tensors, path)
         with pytest.raises(ValueError, match=message):
-            files.load_weights(path)
+            files.load_weights(path, "adapter")
     assert quantized_weights.dequantize_weights({"a.weight": weight, "a.bias": scale}) == {
         "a.weight": weight, "a.bias": scale,
     }  # fmt: skip

@@ -290,7 +290,7 @@ def test_invalid_configs_and_files_are_rejected(stack: Path, folder: Path) -> No
     with pytest.raises(ValueError, match=r"got placement = 'roof' in \[task\]; expected one of encoder, decoder, both"):
         replace(task.settings, placement="roof")
     task.save_model(folder / "likeness", {})
-    with pytest.raises(ValueError, match="a FlashFace file; expected an adapter; load it with Load FlashFace"):
+    with pytest.raises(ValueError, match="with Load FlashFace, or .* a FlashFace file; expected an identity adapter"):
         adapter_loader.load_adapter_file("made.safetensors")
     with pytest.raises(ValueError, match="has no main UNet; expected a base model; connect"):
         LoadFlashFace.execute("made.safetensors")
