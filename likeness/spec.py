@@ -17,9 +17,9 @@ CROP_NAMES = ("photo", "black", "head", "ffhq512", *FACE_CROP_SIZES)
 class Feature:
     """An encoder output that an adapter reads: which network, which of its layers, on which crop of the photo.
 
-    `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`; `layer` is `raw`,
-    `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop` is one of `CROP_NAMES`: the full photo, a
-    black image instead of it, the head with a margin, or an aligned face.
+    `network` is `arcface.<pack>`, `clip.<architecture>`, `siglip.<architecture>` or `omni_id`, where a pack may have
+    the name of any folder; `layer` is `raw`, `projected`, `penultimate`, `last`, `levels`, `pooled` or `tokens`; `crop`
+    is one of `CROP_NAMES`: the full photo, a black image instead of it, the head with a margin, or an aligned face.
     """
 
     network: str
@@ -35,7 +35,7 @@ class Feature:
 
 
 _ENCODER_ID = re.compile(
-    r"(?P<network>[a-z0-9_.-]+)\.(?P<layer>[a-z0-9_]+)\.(?P<crop>[a-z0-9_]+)-(?P<hash8>[0-9a-f]{8})"
+    r"(?P<network>[^/\x00-\x1f\x7f]+)\.(?P<layer>[a-z0-9_]+)\.(?P<crop>[a-z0-9_]+)-(?P<hash8>[0-9a-f]{8})"
 )
 
 

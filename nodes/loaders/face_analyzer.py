@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...likeness.faces.recognizers import PUBLISHED_RECOGNIZERS, name_recognizer
 from ...likeness.spec import Face, Feature
 from .. import types
 from . import files, insightface_networks, open_face_networks
@@ -28,12 +29,6 @@ EXECUTION_PROVIDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "openvino": (("OpenVINOExecutionProvider",), "onnxruntime-openvino"),
 }
 AUTO_PROVIDER_ORDER = ("cuda", "rocm", "coreml", "directml", "openvino", "cpu")
-
-# Several packs share a recognizer, and users rename packs, so known files name the network.
-RECOGNIZER_PACKS = {
-    "w600k_r50.onnx": "buffalo_l", "glintr100.onnx": "antelopev2", "w600k_mbf.onnx": "buffalo_s",
-    "arcface.onnx": "arc2face",
-}  # fmt: skip
 
 
 class FaceDetector(Protocol):
@@ -125,12 +120,15 @@ def open_model_pack(folder: Path, provider: str) -> tuple[FaceAnalyzer, str]:
         ) from error
     running = _get_running_providers(provider, requested, detector, recognizer)
     path = recognizer.path
-    network = f"arcface.{RECOGNIZER_PACKS.get(path.name, folder.name.lower())}"
-    analyzer = FaceAnalyzer(network, files.hash_file(path), detector, recognizer)
+    sha256 = files.hash_file(path)
+    network = f"arcface.{name_recognizer(folder.name, path.name, sha256)}"
+    analyzer = FaceAnalyzer(network, sha256, detector, recognizer)
     names = f"detector {detector.name}, recognizer {path.name} ({network})"
     lines = [f"{folder.name}: {names}, on {running}."]
     if requested[0] not in running:  # only with auto
         lines.append(f"Warning: {requested[0]} is available but did not start, which is slower; check the driver.")
+    if sha256 not in PUBLISHED_RECOGNIZERS:
+        lines.append(f"{path.name} is none of the published files that this pack knows: named after its folder.")
     return analyzer, "\n".join([*lines, *_warn_about_duplicate_onnxruntime()])
 
 

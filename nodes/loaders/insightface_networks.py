@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,8 @@ def load_insightface_networks(
     """The networks of a model pack on these onnxruntime providers, as insightface finds them."""
     from insightface.app import FaceAnalysis
 
+    if glob.escape(str(folder)) != str(folder):
+        raise ValueError(f"rename the folder {folder}: insightface finds no files where a path holds [, * or ?")
     app = FaceAnalysis(str(folder), allowed_modules=["detection", "recognition"], providers=list(providers))
     app.prepare(ctx_id=0, det_size=(640, 640))
     if "recognition" not in app.models:

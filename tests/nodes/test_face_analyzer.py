@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from comfyui_likeness.likeness.faces import alignment, detection
+from comfyui_likeness.likeness.faces import alignment, detection, recognizers
+from comfyui_likeness.likeness.methods.ip_adapter import project_identity
+from comfyui_likeness.nodes.encode import EncodeIdentity
+from comfyui_likeness.nodes.identity import LoadIdentity, MergeIdentities, MixIdentities, SaveIdentity
 from comfyui_likeness.nodes.loaders import face_analyzer
 from comfyui_likeness.nodes.loaders.face_analyzer import LoadFaceAnalyzer
+from comfyui_likeness.nodes.measure import MeasureLikeness
 from comfyui_likeness.tools.standins import face_networks
+from support.ip_adapters import make_ip_adapter
 from support.photos import COLLINS_FACE, get_couple_face_box, load_portrait, make_couple_photo, make_empty_photo
 
 DETECTOR, RECOGNIZER = "det_10g.onnx", "w600k_r50.onnx"
@@ -90,11 +97,65 @@ def test_vectors_equal_those_of_insightface(analyzer: face_analyzer.FaceAnalyzer
     assert torch.cosine_similarity(vector, swapped, dim=0) < 0.99
 
 
-def test_the_network_is_named_by_its_file(models: Path) -> None:
+def test_a_published_recognizer_is_known_by_its_hash(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AuraFace's recognizer is named as antelopev2's, and users rename packs."""
+    own = (models / "antelopev2" / "glintr100.onnx").read_bytes()
+    hashes = recognizers.PUBLISHED_RECOGNIZERS
+    assert all(len(key) == 64 and int(key, 16) for key in hashes) and len(set(hashes.values())) == len(hashes)
+    monkeypatch.setitem(hashes, hashlib.sha256(own).hexdigest(), "antelopev2")
+    assert face_analyzer.load_face_analyzer("antelopev2", "cpu")[0].network == "arcface.antelopev2"
     (models / "antelopev2").rename(models / "My Pack")
-    (models / "buffalo_l" / RECOGNIZER).rename(models / "buffalo_l" / "other.onnx")
-    assert face_analyzer.load_face_analyzer("My Pack", "cpu")[0].network == "arcface.antelopev2"
-    assert face_analyzer.load_face_analyzer("buffalo_l", "cpu")[0].network == "arcface.buffalo_l"
+    analyzer, report = face_analyzer.load_face_analyzer("My Pack", "cpu")
+    assert analyzer.network == "arcface.antelopev2" and "named after its folder" not in report
+
+    face_networks.write_recognizer(models / "My Pack" / "glintr100.onnx", seed=9)
+    auraface = (models / "My Pack" / "glintr100.onnx").read_bytes()
+    monkeypatch.setitem(hashes, hashlib.sha256(auraface).hexdigest(), "auraface")
+    (models / "My Pack").rename(models / "antelopev2")
+    assert face_analyzer.load_face_analyzer("antelopev2", "cpu")[0].network == "arcface.auraface"
+
+
+def test_another_recognizer_is_named_after_its_folder(models: Path) -> None:
+    (models / "antelopev2").rename(models / "other")
+    analyzer, report = face_analyzer.load_face_analyzer("other", "cpu")
+    assert analyzer.network == "arcface.other"
+    assert "glintr100.onnx is none of the published files that this pack knows: named after its folder" in report
+    (models / "other").rename(models / "antelopev2")
+    assert face_analyzer.load_face_analyzer("antelopev2", "cpu")[0].network == "arcface.antelopev2"
+    # Arc2Face's authors put their recognizer into antelopev2 in place of its own.
+    (models / "antelopev2" / "glintr100.onnx").rename(models / "antelopev2" / "arcface.onnx")
+    assert face_analyzer.load_face_analyzer("antelopev2", "cpu")[0].network == "arcface.arc2face"
+
+
+@pytest.mark.parametrize("name", ["My Pack (v2) {fp16}, a.b", "顔認識モデル", "модель", "Visa\u0304ge's"])
+def test_any_folder_name_survives_save_merge_and_apply(models: Path, name: str) -> None:
+    (models / "buffalo_l").rename(models / name)
+    analyzer = face_analyzer.load_face_analyzer(name, "cpu")[0]
+    identity = EncodeIdentity.execute(
+        photos={"photo_0": load_portrait()[None]}, name="anna", pick="largest", on_missing="stop",
+        face_analyzer=analyzer,
+    ).args[0]  # fmt: skip
+    SaveIdentity.execute(identity, "", True)
+    loaded = LoadIdentity.execute("anna.safetensors").args[0]
+    merged, report = MergeIdentities.execute({"a": identity, "b": loaded}, "mean").args
+    mixed = MixIdentities.execute({"a": merged, "b": loaded}, "").args[0]
+    assert "Dropped" not in report
+    similarity = MeasureLikeness.execute(load_portrait()[None], mixed, analyzer).args[0]
+    assert similarity == pytest.approx(1, abs=1e-4)
+    adapter = make_ip_adapter("faceid")
+    reader = replace(adapter, spec=replace(adapter.spec, needs=(analyzer.feature,)))
+    tokens = [
+        project_identity(reader.patcher.model, reader.spec, one, torch.device("cpu")).cond for one in (identity, mixed)
+    ]
+    assert torch.allclose(*tokens, atol=1e-3)
+    with pytest.raises(ValueError, match=f"holds {re.escape(str(analyzer.feature))}; this adapter needs arcface.buff"):
+        project_identity(adapter.patcher.model, adapter.spec, mixed, torch.device("cpu"))
+
+
+def test_a_folder_that_insightface_cannot_list_is_refused(models: Path) -> None:
+    (models / "buffalo_l").rename(models / "pack [v2]")
+    with pytest.raises(ValueError, match=r"rename the folder .*pack \[v2\]: insightface finds no files"):
+        face_analyzer.load_face_analyzer("pack [v2]", "cpu")
 
 
 def test_a_pack_unzipped_into_itself_is_found(models: Path) -> None:
