@@ -36,7 +36,7 @@ def place_identities(
         )
     masks = regions.make_box_regions(regions.sort_left_to_right(boxes), *size, feather, overlap)
     return [
-        Person(identity, regions.validate_mask(mask, identity.name))
+        Person(identity, regions.check_region(mask, identity.name))
         for identity, mask in zip(identities, masks, strict=True)
     ]
 
@@ -68,7 +68,7 @@ class MakePerson(io.ComfyNode):
                 io.Mask.Input(
                     "mask", optional=True,
                     tooltip="Region of the person: white on a mask with the aspect ratio of the image. A batch of "
-                    "masks: one per image. Not connected: the whole image.",
+                    "masks: one per image; a black one leaves the person out. Not connected: the whole image.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=5.0, step=0.05,
@@ -95,7 +95,7 @@ class MakePerson(io.ComfyNode):
         people: People | None = None,
         prompt: list[Any] | None = None,
     ) -> io.NodeOutput:
-        region = None if mask is None else regions.validate_mask(mask, identity.name)
+        region = None if mask is None else regions.check_region(mask, identity.name)
         return io.NodeOutput(append_people(people, Person(identity, region, strength, prompt)))
 
 
@@ -284,6 +284,9 @@ def _describe_people(people: People, sizes: Sequence[tuple[int, int]], aspect_ra
             continue
         percentage = 100 * float(mask.mean())
         lines.append(f"{number}: {name}, strength {person.strength:g}, {percentage:.1f} % of the image")
+        absent = [str(i + 1) for i in regions.find_absent_images(mask)]
+        if absent:
+            lines.append(f"   absent from image {', '.join(absent)} of {len(mask)}, where the mask is black")
         mismatch = (mask.shape[2] / mask.shape[1]) / aspect_ratio
         if max(mismatch, 1 / mismatch) > regions.MAX_ASPECT_RATIO_MISMATCH:
             lines.append(f"   the mask is {mask.shape[2]}x{mask.shape[1]} and is stretched to the shape of the image")

@@ -1,7 +1,8 @@
 """Regions: where in the image each person may appear, and which queries of a layer that allows.
 
 A region is a mask [B, H, W] of the image, 0 to 1, or None for all of it. A mask of another size is stretched to the
-image. With B above 1 each image of a batch has its own mask; the masks repeat if the batch has more images.
+image. With B above 1 each image of a batch has its own mask; the masks repeat if the batch has more images. Where an
+image's mask is black, the person is absent from it.
 """
 
 from __future__ import annotations
@@ -25,24 +26,40 @@ def convert_to_people(identity_or_people: Identity | People) -> People:
     return (Person(identity_or_people),) if isinstance(identity_or_people, Identity) else identity_or_people
 
 
-def validate_mask(mask: Tensor, person_name: str) -> Tensor:
-    """A mask as a region [B, H, W] in 0..1. Raises ValueError if it is empty, not finite or of another shape."""
+def check_mask(mask: Tensor, subject: str) -> Tensor:
+    """A mask as [B, H, W] in 0..1, the one check of every MASK input. `subject` says what the mask is for.
+
+    Raises ValueError if it holds no image, is not finite or of another shape.
+    """
     mask = mask.detach().float().cpu()
     mask = mask[None] if mask.ndim == 2 else mask
-    if mask.ndim != 3:
+    if mask.ndim != 3 or not mask.numel():
         raise ValueError(
-            f"got a mask of shape {list(mask.shape)} for {person_name!r}; expected [images, height, width]; "
-            "connect a MASK"
+            f"connect a MASK: got a mask of shape {list(mask.shape)} for {subject}; expected [images, height, width] "
+            "of at least one image and pixel"
         )
     if not mask.isfinite().all():
-        raise ValueError(f"got a mask for {person_name!r} with NaN or infinity; expected 0 to 1; make the mask again")
-    empty = [i + 1 for i, image_mask in enumerate(mask) if not bool((image_mask > 0).any())]
-    if empty:
-        raise ValueError(
-            f"got an empty mask for {person_name!r} (image {empty[0]} of {len(mask)}); expected white where the person "
-            "may appear; paint it, or leave the mask unconnected for the full image"
-        )
+        raise ValueError(f"make the mask again: got a mask for {subject} with NaN or infinity; expected 0 to 1")
     return mask.clamp(0, 1)
+
+
+def check_region(mask: Tensor, person_name: str) -> Tensor:
+    """A mask as the region [B, H, W] of a person, who is absent from images whose mask is black.
+
+    Raises ValueError if the mask is black in all images, and where `check_mask` does.
+    """
+    mask = check_mask(mask, repr(person_name))
+    if not mask.any():
+        raise ValueError(
+            f"make the mask white where {person_name!r} may appear, or leave it unconnected for the full image: got a "
+            f"black mask{f' for all {len(mask)} images' if len(mask) > 1 else ''}; expected a person in it"
+        )
+    return mask
+
+
+def find_absent_images(mask: Tensor) -> list[int]:
+    """The images, from 0, whose mask is black: there the person is absent."""
+    return (~(mask > 0).flatten(1).any(1)).nonzero().flatten().tolist()
 
 
 def compute_coverage(mask: Tensor, height: int, width: int) -> Tensor:
@@ -53,16 +70,18 @@ def compute_coverage(mask: Tensor, height: int, width: int) -> Tensor:
 def find_inside_queries(mask: Tensor, height: int, width: int) -> Tensor:
     """The queries of a layer inside a region: [B, H, W] -> bool [B, height * width].
 
-    A cell is inside if at least half of it is covered. Of a region too small for that, the cells covered most are.
+    A cell is inside if at least half of it is covered. Of a region too small for that, the cells covered most are; of a
+    black mask, none.
     """
     coverage = compute_coverage(mask, height, width)
     largest = coverage.amax(dim=1, keepdim=True)
-    return coverage >= largest.clamp(max=MIN_CELL_COVERAGE)
+    return (coverage >= largest.clamp(max=MIN_CELL_COVERAGE)) & (coverage > 0)
 
 
 def is_region_too_small(mask: Tensor, height: int, width: int) -> bool:
-    """Whether a region covers less than half of every cell of a latent grid, in at least one image."""
-    return bool((compute_coverage(mask, height, width).amax(dim=1) < MIN_CELL_COVERAGE).any())
+    """Whether a region covers less than half of every cell of a latent grid, in at least one image that has it."""
+    largest = compute_coverage(mask, height, width).amax(dim=1)
+    return bool(((largest > 0) & (largest < MIN_CELL_COVERAGE)).any())
 
 
 def compute_visible_queries(
@@ -71,7 +90,8 @@ def compute_visible_queries(
     """The queries that may see each identity's keys: bool [B, height * width], one per region (fused KV, Eq. 7).
 
     A query inside another identity's mask may not see it; a query outside all masks sees all identities, one inside two
-    masks neither. With `outside` "none" an identity is only visible inside its own mask, if it has one.
+    masks neither. With `outside` "none" an identity is only visible inside its own mask, if it has one. No query sees
+    an identity whose own mask is black in that image.
     """
     inside = [None if mask is None else find_inside_queries(mask, height, width) for mask in regions]
     everywhere = torch.ones(1, height * width, dtype=torch.bool)
@@ -79,6 +99,8 @@ def compute_visible_queries(
     for i, own in enumerate(inside):
         others = [other for j, other in enumerate(inside) if j != i and other is not None]
         queries = own if outside == "none" and own is not None else everywhere
+        if own is not None and not (present := own.any(dim=1, keepdim=True)).all():
+            queries = queries & present
         for other in others:
             num_images = math.lcm(len(queries), len(other))
             queries = repeat_for_images(queries, num_images) & ~repeat_for_images(other, num_images)

@@ -43,7 +43,7 @@ def test_persons_chain() -> None:
     ]
     assert len(first) == 1 and len(both) == 2 and both[0] is first[0]
     assert both[1].mask.shape == (1, 64, 64) and both[0].strength == 0.5 and both[1].prompt is not None
-    with pytest.raises(ValueError, match="empty mask for 'person 1'"):
+    with pytest.raises(ValueError, match="'person 1' may appear.*got a black mask"):
         MakePerson.execute(make_fused_kv_identity(1), 1.0, torch.zeros(1, 8, 8))
 
 
@@ -70,7 +70,7 @@ def test_boxes_place_people_from_left_to_right() -> None:
 def test_number_of_identities_must_match_the_boxes() -> None:
     with pytest.raises(ValueError, match="1 identities for 2 boxes"):
         PeopleFromBoxes.execute(number_inputs(make_fused_kv_identity(1)), "0,0,0.5,1\n0.5,0,1,1", **BOXES)
-    with pytest.raises(ValueError, match="empty mask"):  # completely hidden by the other
+    with pytest.raises(ValueError, match="got a black mask"):  # completely hidden by the other
         PeopleFromBoxes.execute(
             number_inputs(make_fused_kv_identity(1), make_fused_kv_identity(2)),
             "0,0,0.9,1\n0.2,0,0.8,1",

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from ....likeness.attention import regions
 from ....likeness.faces import reference_faces
 
 
@@ -21,7 +22,7 @@ class FacePositionMask:
 
     def __call__(self, **kwargs: Any) -> Tensor:
         noise = kwargs["noise"]
-        resized = interpolate(self.mask[:, None].float(), size=noise.shape[-2:], mode="nearest")
+        resized = interpolate(self.mask[:, None], size=noise.shape[-2:], mode="nearest")
         return comfy.utils.repeat_to_batch_size((resized > 0.5).to(noise), noise.shape[0])
 
 
@@ -65,8 +66,7 @@ def apply_face_position(model: ModelPatcher, mask: Tensor | None, box: str) -> M
             f"got a face position for a model with {channels} input channels; expected FlashFace's model, which has 5; "
             "disconnect the face position; inpainting models take the position from their mask"
         )
-    if mask is not None and not mask.isfinite().all():
-        raise ValueError("got a face position with NaN or infinite values; expected 0 to 1; connect another mask")
+    position = parse_face_box(box) if mask is None else FacePositionMask(regions.check_mask(mask, "the face position"))
     model = model.clone()
-    model.add_object_patch("concat_cond", parse_face_box(box) if mask is None else FacePositionMask(mask))
+    model.add_object_patch("concat_cond", position)
     return model
