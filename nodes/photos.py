@@ -28,8 +28,19 @@ class SelectedFace:
 
 
 def split_photos(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Every image of the batches as RGB [H, W, 3]. Raises ValueError on NaN or infinite pixels and on tiny images."""
-    images = [image[..., :3].float().cpu() for batch in batches for image in batch]
+    """Every image of the batches [n, H, W, C] as RGB [H, W, 3], the one check of every IMAGE input.
+
+    Raises ValueError if there is no image, on NaN or infinite pixels, on tiny images, and on other shapes.
+    """
+    misshapen = next((batch for batch in batches if batch.ndim != 4 or not batch.shape[-1]), None)
+    if misshapen is not None:
+        raise ValueError(
+            f"connect an IMAGE: got a tensor of shape {list(misshapen.shape)}; expected [images, height, width, "
+            "channels]"
+        )
+    images = [_convert_to_rgb(image).float().cpu() for batch in batches for image in batch]
+    if not images:
+        raise ValueError("connect at least one image: got an empty batch; expected 1 or more images")
     broken = [i + 1 for i, image in enumerate(images) if not image.isfinite().all()]
     if broken:
         raise ValueError(f"got photo {broken[0]} with NaN or infinite pixels; expected 0 to 1; load the image again")
@@ -40,6 +51,11 @@ def split_photos(batches: Sequence[Tensor]) -> list[Tensor]:
             "use a larger photo"
         )
     return images
+
+
+def _convert_to_rgb(image: Tensor) -> Tensor:
+    """An image [H, W, C] of gray (C = 1), gray and alpha (2), RGB or RGB and alpha, without its alpha."""
+    return image[..., :3] if image.shape[-1] > 2 else image[..., :1].expand(-1, -1, 3)
 
 
 def get_reference_embeddings(identity: Identity | None, analyzer: types.FaceAnalyzerProtocol) -> Tensor:
