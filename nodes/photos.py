@@ -143,8 +143,8 @@ def select_faces(
             skipped.append(f"skipped: {result}")
         else:
             raise ValueError(
-                f"got {result}; use a larger or wider photo, set pick to 'whole photo' if the image is already a face "
-                "crop, or set on_missing to skip"
+                "crop the photo nearer to the face, set pick to 'whole photo' if it already is a face crop, or set "
+                f"on_missing to skip: got {result}"
             )
         progress_bar.update(1)
     if not selected_faces:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from ..spec import Face
-from .alignment import convert_to_uint8
+from .alignment import convert_to_uint8, downscale_photo
 
 DetectFaces = Callable[[Tensor, int], Sequence[Face]]  # (uint8 RGB [H, W, 3], side of the detector input) -> faces
 EmbedFace = Callable[[Tensor, Face], Tensor]  # (uint8 RGB [H, W, 3], face) -> [512]
@@ -33,24 +33,41 @@ class FaceSearch:
 def find_faces(photo: Tensor, detect: DetectFaces, sizes: Sequence[int] = DETECTION_SIZES) -> FaceSearch:
     """The faces of a photo, float [H, W, 3] in 0..1, at the first detector size that finds any, left to right.
 
-    If no size does, all are tried again on the padded photo, because detectors miss faces that fill the image.
+    If no size does, all are tried again on the padded photo, because detectors miss faces that fill the image. It is
+    shrunk before, to what the largest detector size can resolve.
     """
-    image = convert_to_uint8(photo)
-    margin = round(max(photo.shape[:2]) * DETECTION_MARGIN)
-    padded = pad(image.movedim(-1, 0), (margin,) * 4, value=127).movedim(0, -1)
     attempts: list[str] = []
-    for candidate, offset, note in ((image, 0, ""), (padded, margin, " with a margin")):
+    for prepare, note in ((_keep_photo, ""), (_shrink_and_pad, " with a margin")):
+        image, scale, margin = prepare(photo, max(sizes))
         for size in sizes:
             attempts.append(f"{size}{note}")
-            faces = [_shift_face(face, -offset) for face in detect(candidate, size)]
+            faces = [_map_face(face, scale, margin) for face in detect(image, size)]
             if faces:
                 faces.sort(key=lambda face: float(face.box[0] + face.box[2]))
                 return FaceSearch(tuple(faces), tuple(attempts))
     return FaceSearch((), tuple(attempts))
 
 
-def _shift_face(face: Face, offset: float) -> Face:
-    return Face(face.box + offset, face.kps + offset, face.score)
+def _keep_photo(photo: Tensor, _max_size: int) -> tuple[Tensor, float, int]:
+    return convert_to_uint8(photo), 1.0, 0
+
+
+def _shrink_and_pad(photo: Tensor, max_size: int) -> tuple[Tensor, float, int]:
+    """The photo with a margin, uint8, of about `max_size` pixels at most; its scale, and the margin in pixels."""
+    height, width = photo.shape[:2]
+    scale = min(1.0, max(max_size / ((1 + 2 * DETECTION_MARGIN) * max(height, width)), 1 / min(height, width)))
+    shrunk = downscale_photo(photo, scale) if scale < 1 else photo
+    margin = round(max(shrunk.shape[:2]) * DETECTION_MARGIN)
+    padded = pad(convert_to_uint8(shrunk).movedim(-1, 0), (margin,) * 4, value=127)
+    return padded.movedim(0, -1), scale, margin
+
+
+def _map_face(face: Face, scale: float, margin: int) -> Face:
+    """A face of a photo that was scaled and then got a margin, in pixels of the photo."""
+    if scale == 1 and not margin:
+        return face
+    box, kps = ((points - margin + 0.5) / scale - 0.5 for points in (face.box, face.kps))
+    return Face(box, kps, face.score)
 
 
 def _pick_largest(faces: Sequence[Face]) -> int:

@@ -178,6 +178,39 @@ def test_tight_crops_are_padded() -> None:
     assert torch.allclose(found.box, face(10, 20).box) and torch.allclose(found.kps, face(10, 20).kps, atol=1e-4)
 
 
+def detect_white_square(photo: Tensor) -> list[Face]:
+    """Finds a white square on black in photos that have a margin."""
+    white = (photo.amin(-1) > 127).nonzero()
+    if photo[0, 0, 0] != 127 or not len(white):
+        return []
+    y0, x0 = white.amin(0).tolist()
+    return [face(x0, y0, int(white[:, 1].max()) - x0)]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "box"),
+    [(16000, 800, (9000, 100, 9600, 700)), (800, 16000, (50, 9000, 650, 9600)), (6000, 16, (3000, 0, 3010, 10))],
+)
+def test_a_panorama_is_shrunk_before_it_gets_a_margin(width: int, height: int, box: tuple[int, ...]) -> None:
+    photo = torch.zeros(height, width, 3)
+    x0, y0, x1, y1 = box
+    photo[y0 : y1 + 1, x0 : x1 + 1] = 1
+    sizes: list[int] = []
+
+    def detect(image: Tensor, size: int) -> list[Face]:
+        sizes.append(max(image.shape[:2]))
+        return detect_white_square(image)
+
+    search = detection.find_faces(photo, detect)
+    largest = max(detection.DETECTION_SIZES)
+    assert set(sizes) == {max(width, height), sizes[-1]}
+    if height > 16:
+        assert sizes[-1] <= largest + 1
+        (found,) = search.faces
+        pixel = max(width, height) / (largest / 2)  # of the photo, in one pixel of the shrunk photo
+        assert torch.allclose(found.box, torch.tensor(box).float(), atol=pixel)
+
+
 def test_all_attempts_are_listed() -> None:
     search = detection.find_faces(make_empty_photo(), FakeDetector({}))
     assert search.faces == () and len(search.attempts) == 2 * len(detection.DETECTION_SIZES)
