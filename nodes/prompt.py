@@ -160,7 +160,8 @@ class PromptWithIdentity(io.ComfyNode):
         check_text_encoders(clip, prompter)
         people, mix = regions.convert_to_people(identity), LAYER_MIXES[layer_mix]
         names = [person.identity.name for person in people]
-        parts = prompt_placeholders.split_prompt(text, prompt_placeholders.parse_placeholders(names, placeholder))
+        placeholders = prompt_placeholders.parse_placeholders(names, placeholder)
+        parts = prompt_placeholders.split_prompt(text, placeholders)
         embeddings: dict[int, TokenEmbeddings] = {}
         for number in sorted({part for part in parts if isinstance(part, int)}):
             scale = strength * people[number].strength
@@ -175,7 +176,9 @@ class PromptWithIdentity(io.ComfyNode):
         return io.NodeOutput(
             encode_prompt(clip, identity_prompt, embeddings, mix),
             encode_prompt(clip, class_prompt, {}, mix),
-            ui=ui.PreviewText(preview),
+            ui=ui.PreviewText(
+                "\n".join(filter(None, (preview, prompt_placeholders.describe_missing_people(text, placeholders))))
+            ),
         )
 
 
