@@ -160,10 +160,11 @@ class OmniIDSpec:
     """Spec of an Omni-ID encoder (likeness/methods/omni_id.py). The defaults are the paper's, or ours where the paper
     does not say.
 
-    Trunk: `image_size` and `patch_size` in pixels, `trunk_width` the width of its hidden states, `states` which of them
-    are read (a key of `omni_id.TRUNK_STATES`), `class_token` whether the class token is read too, `activation` of its
-    MLPs. Decoder: `cross_blocks` attend to the photos and `self_blocks` to the tokens; `tokens` queries of `width`,
-    `heads` attention heads, MLPs of `mlp_width`. `notes` describe the training.
+    Trunk: `image_size` and `patch_size` in pixels, `trunk_width` the width of its hidden states, `trunk_heads` the
+    number of its attention heads (0: as published CLIP towers of this width), `states` which hidden states are read (a
+    key of `omni_id.TRUNK_STATES`), `class_token` whether the class token is read too, `activation` of its MLPs.
+    Decoder: `cross_blocks` attend to the photos and `self_blocks` to the tokens; `tokens` queries of `width`, `heads`
+    attention heads, MLPs of `mlp_width`. `notes` describe the training.
     """
 
     image_size: int = 224
@@ -178,6 +179,7 @@ class OmniIDSpec:
     mlp_width: int = 5120
     cross_blocks: int = 2
     self_blocks: int = 2
+    trunk_heads: int = 0
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property

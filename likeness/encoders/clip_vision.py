@@ -30,8 +30,10 @@ SIGLIP_IMAGE_SIZES = {(729, 14): 384}  # (positions, patch size) -> image size t
 EVA_ROPE_GRID = (16, 16)
 EVA_LEVEL_BLOCKS = (4, 8, 12, 16, 20)  # blocks whose inputs PuLID reads
 
-# Width -> width of an attention head, if not 64. 128 is Portrait World's tower.
-HEAD_DIMS = {128: 32, 1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112}
+# Width of a published tower -> width of an attention head. 128 is Portrait World's tower.
+HEAD_DIMS = {
+    128: 32, 192: 64, 384: 64, 512: 64, 768: 64, 896: 64, 1024: 64, 1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112,
+}  # fmt: skip
 
 QUICK_GELU_NAMES = ("openai", "quickgelu", "dfn", "metaclip")
 
@@ -62,6 +64,17 @@ def name_architecture(width: int, num_layers: int, patch_size: int, image_size: 
     return ARCHITECTURE_NAMES[prefix].get(
         (width, num_layers, patch_size, image_size), f"{prefix}-{width}-{num_layers}-{patch_size}-{image_size}"
     )
+
+
+def get_published_head_count(width: int, file: str) -> int:
+    """The number of attention heads of the published towers of a width, which tensors do not tell. Raises ValueError
+    for other widths."""
+    if width not in HEAD_DIMS:
+        raise ValueError(
+            f"choose a published image encoder: got {file}, of width {width}, whose number of attention heads its "
+            f"tensors do not tell; expected a width of {', '.join(map(str, HEAD_DIMS))}"
+        )
+    return width // HEAD_DIMS[width]
 
 
 def uses_quick_gelu(architecture: str, file_name: str) -> bool:

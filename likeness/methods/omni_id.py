@@ -11,7 +11,8 @@ weight w counts w times, by log w on the logits of its keys; duplicate photos ar
 
 File: safetensors, `trunk.*` (OpenCLIP's `visual.*`), `queries` [1, tokens, width], `norm.*`, and `cross.<n>.*` and
 `self.<n>.*` of q, k, v, out, norm_q, norm_z (cross alone), norm_mlp, mlp.0, mlp.2. Metadata under `likeness`: kind,
-version, base (empty), image_size, heads, states, class_token, activation, notes; the rest follows from the shapes.
+version, base (empty), image_size, heads, states, class_token, activation, notes, and trunk_heads if they are not those
+of published towers of the trunk's width; the rest follows from the shapes.
 """
 
 from __future__ import annotations
@@ -205,6 +206,7 @@ class OmniIDMetadata(native_metadata.NativeMetadata):
     states: Literal["last", "normed", "penultimate"]
     class_token: bool
     activation: Literal["gelu", "quick_gelu"]
+    trunk_heads: int
 
 
 def make_omni_id_metadata(spec: OmniIDSpec) -> dict[str, str]:
@@ -214,7 +216,7 @@ def make_omni_id_metadata(spec: OmniIDSpec) -> dict[str, str]:
 
 def read_omni_id_spec(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], file: str) -> OmniIDSpec:
     """The spec of a file's tensors and metadata. Raises ValueError where they are incomplete or of a newer version."""
-    stored = native_metadata.decode_metadata(OmniIDMetadata, metadata, file)
+    stored = native_metadata.decode_metadata(OmniIDMetadata, {"trunk_heads": 0, **metadata}, file)
     shapes = get_tensor_shapes(tensors)
     try:
         _, tokens, width = shapes["queries"]
@@ -226,11 +228,13 @@ def read_omni_id_spec(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
             f"got {file}, whose tensors are incomplete or misshapen ({error}); expected those of an Omni-ID encoder; "
             "fetch the file again"
         ) from error
-    size, heads = stored.image_size, stored.heads
-    if size < 112 or size % 112 or size % max(patch, 1) or heads < 1 or width % heads:
+    size, heads, trunk_heads = stored.image_size, stored.heads, stored.trunk_heads
+    has_whole_heads = heads > 0 and not width % heads and trunk_heads >= 0 and not trunk_width % (trunk_heads or 1)
+    if size < 112 or size % 112 or size % max(patch, 1) or not has_whole_heads:
         raise ValueError(
-            f"got {file}, with images of {size} pixels, patches of {patch}, and {heads} heads for {width} channels; "
-            "expected a multiple of 112 and of the patch, and heads that divide the channels; fetch the file again"
+            f"got {file}, with images of {size} pixels, patches of {patch}, {heads} heads for {width} channels, and "
+            f"{trunk_heads} for {trunk_width} in its trunk; expected a multiple of 112 and of the patch, and heads "
+            "that divide the channels; fetch the file again"
         )
     if positions < 2 or positions != _patches_per_side(positions) ** 2 + 1:
         raise ValueError(
@@ -243,7 +247,7 @@ def read_omni_id_spec(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     return OmniIDSpec(
         image_size=size, patch_size=patch, trunk_width=trunk_width, states=stored.states, tokens=tokens, width=width,
         class_token=stored.class_token, activation=stored.activation, heads=heads, mlp_width=mlp_width,
-        cross_blocks=cross_blocks, self_blocks=self_blocks, notes=stored.notes,
+        cross_blocks=cross_blocks, self_blocks=self_blocks, trunk_heads=trunk_heads, notes=stored.notes,
     )  # fmt: skip
 
 

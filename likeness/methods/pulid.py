@@ -22,7 +22,9 @@ from .resampler import (
     TensorShapes,
     build_perceiver_layers,
     compute_attention,
+    count_heads,
     count_layers,
+    get_inner_width,
     refine_latents,
 )
 
@@ -83,13 +85,13 @@ class IDFormer(nn.Module):
     def __init__(self, shapes: TensorShapes, operations: Any, head_dim: int = PERCEIVER_HEAD_DIM) -> None:
         super().__init__()
         (_, queries, dim), (_, out) = shapes["latents"], shapes["proj_out"]
-        heads, ratio = shapes["layers.0.0.to_q.weight"][0] // head_dim, shapes["layers.0.1.1.weight"][0] // dim
+        heads, inner = count_heads(shapes, head_dim), get_inner_width(shapes)
         depth = count_layers(shapes)
         if depth % NUM_VIT_LEVELS:
             raise ValueError(f"{depth} layers, expected a multiple of {NUM_VIT_LEVELS}")
         self.latents = nn.Parameter(torch.empty(1, queries, dim))
         self.proj_out = nn.Parameter(torch.empty(dim, out))
-        self.layers = build_perceiver_layers(dim, depth, heads, head_dim, operations, ratio)
+        self.layers = build_perceiver_layers(dim, depth, heads, head_dim, inner, operations)
         self.id_embedding_mapping = _build_mapping(shapes, "id_embedding_mapping", operations)
         for i in range(NUM_VIT_LEVELS):
             self.add_module(f"mapping_{i}", _build_mapping(shapes, f"mapping_{i}", operations))

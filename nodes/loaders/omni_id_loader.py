@@ -64,7 +64,7 @@ def load_omni_id_encoder(file: str) -> OmniIDEncoder:
     spec = omni_id.read_omni_id_spec(tensors, metadata, file)
     tensors = omni_id.interpolate_position_embeddings(tensors, spec)
     tower = vision_towers.build_vision_tower(
-        key_maps.select_prefix(tensors, "trunk."), file, spec.activation, EXPECTED_TRUNK
+        key_maps.select_prefix(tensors, "trunk."), file, spec.activation, EXPECTED_TRUNK, spec.trunk_heads
     )
     try:
         module = omni_id.build_omni_id_model(

@@ -50,15 +50,12 @@ class TowerSizes:
     num_positions: int
     mlp_width: int
     output_width: int
+    num_heads: int
 
     @property
     def image_size(self) -> int:
         """Side of the input image in pixels."""
         return round((self.num_positions - 1) ** 0.5) * self.patch_size
-
-    @property
-    def num_heads(self) -> int:
-        return self.width // clip_vision.HEAD_DIMS.get(self.width, 64)
 
     @property
     def mlp_ratio(self) -> float:
@@ -82,7 +79,7 @@ def build_open_clip_transformer(sizes: TowerSizes, quick_gelu: bool) -> nn.Modul
     )  # fmt: skip
 
 
-def build_open_clip_tower(weights: TowerWeights, file: str, activation: str) -> VisionTower:
+def build_open_clip_tower(weights: TowerWeights, file: str, activation: str, num_heads: int) -> VisionTower:
     """OpenCLIP's vision transformer. Raises KeyError, ImportError."""
     width, _, patch, _ = weights["conv1.weight"].shape
     sizes = TowerSizes(
@@ -92,6 +89,7 @@ def build_open_clip_tower(weights: TowerWeights, file: str, activation: str) -> 
         weights["positional_embedding"].shape[0],
         weights["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
         weights["proj"].shape[1],
+        num_heads or clip_vision.get_published_head_count(width, file),
     )
     quick_gelu = activation == "quick_gelu"
     if activation == "auto":
@@ -108,7 +106,7 @@ def _run_open_clip(tower: Any, pixels: Tensor) -> LayerOutputs:
     return {"projected": output["image_features"], "penultimate": penultimate, "last": last}
 
 
-def build_eva_clip_tower(weights: TowerWeights, file: str, activation: str) -> VisionTower:
+def build_eva_clip_tower(weights: TowerWeights, file: str, activation: str, num_heads: int) -> VisionTower:
     """EVA-CLIP's tower with rotary embeddings, in its authors' or OpenCLIP's layout. Raises KeyError, ImportError."""
     from timm.models.eva import Eva
 
@@ -122,6 +120,7 @@ def build_eva_clip_tower(weights: TowerWeights, file: str, activation: str) -> V
         weights["pos_embed"].shape[1],
         weights["blocks.0.mlp.fc1_g.weight"].shape[0],
         weights["head.weight"].shape[0],
+        num_heads or clip_vision.get_published_head_count(width, file),
     )
     if sizes.num_layers <= max(clip_vision.EVA_LEVEL_BLOCKS):
         raise ValueError(
@@ -180,7 +179,7 @@ class SigLIPTower(CLIPVision):
                 module.eps = SIGLIP_LAYER_NORM_EPS  # the host uses CLIP's
 
 
-def build_siglip_tower(weights: TowerWeights, file: str, activation: str) -> VisionTower:
+def build_siglip_tower(weights: TowerWeights, file: str, activation: str, num_heads: int) -> VisionTower:
     """SigLIP's tower in transformers' layout. Raises KeyError."""
     weights = {key: weight for key, weight in weights.items() if key != "embeddings.position_ids"}
     width, channels, patch_size, _ = weights["embeddings.patch_embedding.weight"].shape
@@ -192,7 +191,7 @@ def build_siglip_tower(weights: TowerWeights, file: str, activation: str) -> Vis
         "num_channels": channels, "hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "image_size": image_size,
         "intermediate_size": weights["encoder.layers.0.mlp.fc1.weight"].shape[0], "patch_size": patch_size,
         "model_type": "siglip_vision_model", "num_hidden_layers": num_layers,
-        "num_attention_heads": width // clip_vision.HEAD_DIMS.get(width, 64),
+        "num_attention_heads": num_heads or clip_vision.get_published_head_count(width, file),
     }  # fmt: skip
     with torch.device("meta"):
         module = SigLIPTower(config, comfy.ops.disable_weight_init)
@@ -214,8 +213,8 @@ def _run_siglip(tower: Any, pixels: Tensor) -> LayerOutputs:
     return {"pooled": tower.head(tower(pixels)[0])}
 
 
-# A tensor of the layout -> the function that builds its tower from weights, file name and activation.
-TOWER_BUILDERS: Mapping[str, Callable[[TowerWeights, str, str], VisionTower]] = {
+# A tensor of the layout -> the function that builds its tower from weights, file name, activation and number of heads.
+TOWER_BUILDERS: Mapping[str, Callable[[TowerWeights, str, str, int], VisionTower]] = {
     "patch_embed.proj.weight": build_eva_clip_tower,
     "trunk.patch_embed.proj.weight": build_eva_clip_tower,
     "conv1.weight": build_open_clip_tower,
@@ -228,12 +227,13 @@ EXPECTED_CHECKPOINT = (
 
 
 def build_vision_tower(
-    weights: TowerWeights, file: str, activation: str, expected: str = EXPECTED_CHECKPOINT
+    weights: TowerWeights, file: str, activation: str, expected: str = EXPECTED_CHECKPOINT, num_heads: int = 0
 ) -> VisionTower:
-    """Build the tower of a checkpoint's `visual.*` weights. Raises ValueError with `expected` in its text."""
+    """Build the tower of a checkpoint's `visual.*` weights, with as many heads as published towers of its width if
+    `num_heads` is 0. Raises ValueError with `expected` in its text."""
     build = next((build for key, build in TOWER_BUILDERS.items() if key in weights), build_open_clip_tower)
     try:
-        return build(weights, file, activation)
+        return build(weights, file, activation, num_heads)
     except ImportError as error:
         raise ValueError(
             f"could not import open_clip ({error}); expected open_clip_torch in ComfyUI's Python; "

@@ -12,7 +12,7 @@ import torch
 from comfyui_likeness.likeness.attention import layer_weights
 from comfyui_likeness.likeness.checkpoints import checkpoint_detection, key_maps
 from comfyui_likeness.likeness.methods import ip_adapter, pulid
-from comfyui_likeness.likeness.methods.resampler import Resampler
+from comfyui_likeness.likeness.methods.resampler import Perceiver, Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import apply_decoupled
 from comfyui_likeness.nodes.attention.injection import ATTENTION_OUTPUT_OPTION, AttentionTerm, PatchPlace, RunCache
@@ -111,6 +111,33 @@ def build_resampler(case: GoldenCase, weights: dict[str, Tensor], config: dict[s
     )
     key_maps.load_module_weights(module, weights)
     return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("inner", [96, 128, 1000])
+def test_feed_forwards_of_any_width_are_read_from_the_shapes(inner: int) -> None:
+    """Of IP-Adapter Plus and FaceID-Plus, whose published files have 4 times the width."""
+    expected = Resampler(128, 2, 2, 4, 48, 32, torch.nn, inner)
+    weights = {key: torch.randn_like(value) for key, value in expected.state_dict().items()}
+    shapes = checkpoint_detection.get_tensor_shapes(weights)
+    assert shapes["layers.0.1.1.weight"] == (inner, 128)
+    for build in (Resampler.from_shapes, Perceiver.from_shapes):
+        module = build(shapes, torch.nn)
+        assert {key: value.shape for key, value in module.state_dict().items()}.items() <= {
+            key: value.shape for key, value in weights.items()
+        }.items()
+    expected.load_state_dict(weights)
+    module = Resampler.from_shapes(shapes, torch.nn)
+    module.load_state_dict(weights)
+    hidden = torch.randn(1, 7, 48)
+    with torch.no_grad():
+        assert torch.equal(module(hidden), expected(hidden))
+
+
+def test_queries_that_are_not_whole_heads_are_refused() -> None:
+    weights = Resampler(128, 2, 2, 4, 48, 32, torch.nn).state_dict()
+    shapes = checkpoint_detection.get_tensor_shapes(weights) | {"layers.0.0.to_q.weight": (100, 128)}
+    with pytest.raises(ValueError, match="queries of 100 channels, expected a multiple of 64"):
+        Resampler.from_shapes(shapes, torch.nn)
 
 
 def test_tiny_resampler() -> None:

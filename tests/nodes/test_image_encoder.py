@@ -144,7 +144,7 @@ def test_architectures_and_heads_match_open_clip() -> None:
         if not isinstance(vision.get("layers"), int):  # a ResNet
             continue
         width, size = vision["width"], vision["image_size"]
-        head_dim = clip_vision.HEAD_DIMS.get(width, 64)
+        head_dim = clip_vision.HEAD_DIMS[width]
         assert head_dim == vision.get("head_width", 64), name
         architectures.add(clip_vision.name_architecture(width, vision["layers"], vision["patch_size"], size))
         mlp_width = int(width * vision.get("mlp_ratio", 4.0))
@@ -155,6 +155,13 @@ def test_architectures_and_heads_match_open_clip() -> None:
         assert tower.state_dict()["transformer.resblocks.0.mlp.c_fc.weight"].shape == (mlp_width, width)
     assert architectures >= set(clip_vision.VIT_ARCHITECTURES.values())
     assert {"vit-h-14", "vit-bigg-14", "vit-l-14-336"} <= set(clip_vision.VIT_ARCHITECTURES.values())
+
+
+def test_a_tower_of_another_width_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors do not tell how many heads it has."""
+    monkeypatch.delitem(clip_vision.HEAD_DIMS, TOWER_WIDTH)
+    with pytest.raises(ValueError, match="got tiny.safetensors, of width 128, whose number of attention heads"):
+        image_encoder.load_image_encoder(file.name)
 
 
 def rename_to_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -225,6 +225,7 @@ def drop_key(key: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, Any], str]] = {
+    "trunk heads": (dict, {"trunk_heads": 3}, "3 for 64 in its trunk; expected .* heads that divide the channels"),
     "newer": (dict, {"version": 2}, "of version 2; this pack reads up to version 1; update the pack"),
     "other kind": (dict, {"kind": "fused_kv"}, "an identity adapter; expected an Omni-ID encoder"),
     "nan": (lambda w: w | {"norm.bias": torch.full((160,), torch.nan)}, {}, "norm.bias holds NaN"),
@@ -247,6 +248,21 @@ def test_incomplete_files_are_refused(folder: Path, how: str) -> None:
     save_file(change(omni_id_encoders.make_encoder_tensors()), folder / "likeness" / FILE, metadata)
     with pytest.raises(ValueError, match=f"got {FILE}.*{message}"):
         omni_id_loader.load_omni_id_encoder(FILE)
+
+
+def test_the_file_says_how_many_heads_its_trunk_has(folder: Path, file: Path) -> None:
+    """Older files do not, and have those of published towers; a trunk of another width is refused."""
+    trunk: Any = omni_id_loader.load_omni_id_encoder(file.name).patcher.model.trunk
+    assert {block.attn.num_heads for block in trunk.transformer.resblocks} == {2}
+    spec, metadata = omni_id_encoders.SMALL_SPEC, omni_id_encoders.make_encoder_metadata()
+    del metadata["trunk_heads"]
+    for width in (128, 64):
+        tensors = omni_id_encoders.make_encoder_tensors(replace(spec, trunk_width=width))
+        save_file(tensors, folder / "likeness" / f"{width}.safetensors", {"likeness": json.dumps(metadata)})
+    older: Any = omni_id_loader.load_omni_id_encoder("128.safetensors").patcher.model.trunk
+    assert {block.attn.num_heads for block in older.transformer.resblocks} == {4}
+    with pytest.raises(ValueError, match="got 64.safetensors, of width 64, whose number of attention heads"):
+        omni_id_loader.load_omni_id_encoder("64.safetensors")
 
 
 def test_foreign_and_damaged_files_are_refused(file: Path) -> None:

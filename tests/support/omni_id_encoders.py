@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 SMALL_SPEC = OmniIDSpec(
-    image_size=112, patch_size=28, trunk_width=64, tokens=24, width=160, heads=20, mlp_width=96, notes={"trained": "no"}
-)
+    image_size=112, patch_size=28, trunk_width=64, trunk_heads=2, tokens=24, width=160, heads=20, mlp_width=96,
+    notes={"trained": "no"},
+)  # fmt: skip
 FULL_WIDTH_SPEC = replace(SMALL_SPEC, tokens=256, width=1280)
 TRUNK_LAYERS, TRUNK_OUTPUT_WIDTH = 3, 16
 
@@ -88,7 +89,7 @@ def make_omni_id_encoder(
         make_encoder_tensors(spec) if state_dict is None else state_dict, spec
     )
     trunk = vision_towers.build_vision_tower(
-        key_maps.select_prefix(weights, "trunk."), "a file", spec.activation
+        key_maps.select_prefix(weights, "trunk."), "a file", spec.activation, num_heads=spec.trunk_heads
     ).module
     module = omni_id.build_omni_id_model(spec, weights, trunk, torch.nn, attention)
     return module.eval().requires_grad_(False)

@@ -28,6 +28,7 @@ from torch.testing import assert_close
 IMAGES_PER_PERSON = 4
 SIZES: dict[str, Any] = {
     "trunk_width": 64,
+    "trunk_heads": 2,
     "patch_size": 28,
     "trunk_layers": 2,
     "num_tokens": 6,

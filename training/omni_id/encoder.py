@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...likeness.checkpoints import key_maps
+from ...likeness.encoders import clip_vision
 from ...likeness.methods import omni_id
 from ...likeness.methods.omni_id import OmniIDModel
 from ...likeness.spec import OmniIDSpec
@@ -29,10 +30,11 @@ TRUNK_PREFIX = "trunk."
 
 @dataclass(frozen=True, kw_only=True)
 class OmniIDEncoderConfig:
-    """`image_size` and `patch_size` are in pixels. The trunk has `trunk_layers` layers of `trunk_width`. It starts from
-    the vision tower in the file `init_trunk_from`, in OpenCLIP's or the transformers layout, unless that is empty.
-    `projection_width` is the width of CLIP's image embedding, which is unused. The encoder makes `num_tokens` tokens of
-    `width`, with MLPs of `mlp_width`.
+    """`image_size` and `patch_size` are in pixels. The trunk has `trunk_layers` layers of `trunk_width` with
+    `trunk_heads` heads (0: as published CLIP towers of this width). It starts from the vision tower in the file
+    `init_trunk_from`, in OpenCLIP's or the transformers layout, unless that is empty. `projection_width` is the width
+    of CLIP's image embedding, which is unused. The encoder makes `num_tokens` tokens of `width`, with MLPs of
+    `mlp_width`.
     """
 
     image_size: int = 112
@@ -48,6 +50,7 @@ class OmniIDEncoderConfig:
     mlp_width: int = 256
     cross_blocks: int = 2
     self_blocks: int = 2
+    trunk_heads: int = 0
 
     @property
     def spec(self) -> OmniIDSpec:
@@ -55,6 +58,7 @@ class OmniIDEncoderConfig:
             image_size=self.image_size, patch_size=self.patch_size, trunk_width=self.trunk_width,
             activation=self.activation, tokens=self.num_tokens, width=self.width, heads=self.num_heads,
             mlp_width=self.mlp_width, cross_blocks=self.cross_blocks, self_blocks=self.self_blocks,
+            trunk_heads=self.trunk_heads,
         )  # fmt: skip
 
 
@@ -73,6 +77,7 @@ def build_trainable_encoder(config: OmniIDEncoderConfig, seed: int) -> OmniIDMod
         spec.patches_per_side**2 + 1,
         4 * config.trunk_width,
         config.projection_width,
+        spec.trunk_heads or clip_vision.get_published_head_count(spec.trunk_width, "a trunk"),
     )
     trunk = vision_towers.build_open_clip_transformer(sizes, spec.activation == "quick_gelu")
     module = OmniIDModel(spec, trunk, nn, run_pytorch_attention)
@@ -133,7 +138,9 @@ def load_encoder_file(file: Path) -> OmniIDModel:
         ) from error
     spec = omni_id.read_omni_id_spec(tensors, metadata, file.name)
     tensors = omni_id.interpolate_position_embeddings(tensors, spec)
-    tower = vision_towers.build_vision_tower(key_maps.select_prefix(tensors, TRUNK_PREFIX), file.name, spec.activation)
+    tower = vision_towers.build_vision_tower(
+        key_maps.select_prefix(tensors, TRUNK_PREFIX), file.name, spec.activation, num_heads=spec.trunk_heads
+    )
     module = omni_id.build_omni_id_model(spec, tensors, tower.module, nn, run_pytorch_attention)
     return module.eval().requires_grad_(False)
 
