@@ -20,6 +20,12 @@ from .. import types
 from . import model_management
 from .native_adapters import format_training_notes
 
+# Name in fused_kv.solve_zero_shot_projections -> name in a transformer block.
+ZERO_SHOT_WEIGHTS = {
+    "q1": "attn1.to_q.weight", "k1": "attn1.to_k.weight", "v1": "attn1.to_v.weight", "o1": "attn1.to_out.0.weight",
+    "q2": "attn2.to_q.weight", "o2": "attn2.to_out.0.weight",
+}  # fmt: skip
+
 
 def make_loaded_fused_kv(spec: FusedKVSpec, tensors: Mapping[str, Tensor], file: str) -> types.LoadedFusedKV:
     """Build an adapter from tensors. Raises ValueError if tensors are missing or misshapen."""
@@ -51,7 +57,8 @@ def make_zero_shot_fused_kv(
 ) -> tuple[FusedKVSpec, dict[str, Tensor]]:
     """Spec and tensors of an adapter made from the model's own attentions, without training.
 
-    See fused_kv.solve_zero_shot_projections. Raises ValueError if the model is not SD1.5 or SDXL.
+    See fused_kv.solve_zero_shot_projections. LoRAs and hooks of the model are left out. Raises ValueError if the model
+    is not SD1.5 or SDXL, or if its weights cannot be read.
     """
     blocks = {
         path: block
@@ -71,12 +78,10 @@ def make_zero_shot_fused_kv(
     progress_bar = comfy.utils.ProgressBar(len(blocks))
     for path, block in blocks.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        attn1, attn2 = block.attn1, block.attn2
-        modules = {
-            "q1": attn1.to_q, "k1": attn1.to_k, "v1": attn1.to_v, "o1": attn1.to_out[0],
-            "q2": attn2.to_q, "o2": attn2.to_out[0],
-        }  # fmt: skip
-        weights = {name: module.weight.detach().to("cpu", copy=False) for name, module in modules.items()}
+        weights = {
+            name: model_management.read_unpatched_weight(model, f"diffusion_model.{path}.{weight}")
+            for name, weight in ZERO_SHOT_WEIGHTS.items()
+        }
         to_k, to_v = fused_kv.solve_zero_shot_projections(weights, block.n_heads)
         tensors |= {f"{path}.attn2.to_k_f.weight": to_k, f"{path}.attn2.to_v_f.weight": to_v}
         layers[path] = len(to_k)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
-from torch import nn
+from comfy.model_patcher import ModelPatcher, get_key_weight
+from torch import Tensor, nn
 
 from ...likeness.attention.feature_cache import DEFAULT_CACHE_BYTES, ReferenceFeatureCache
 
@@ -42,3 +42,25 @@ def make_encoder_patcher(module: nn.Module) -> ModelPatcher:
     return ModelPatcher(
         module.eval().requires_grad_(False), device, comfy.model_management.text_encoder_offload_device()
     )
+
+
+def read_unpatched_weight(model: ModelPatcher, key: str) -> Tensor:
+    """A weight of the model without LoRAs and hooks, dequantized, on the CPU, in 16 bits or more.
+
+    Clones share the modules, so these may hold weights that another clone patched when it ran. ComfyUI keeps the
+    original then. (`get_key_patches` finds it, too, but fails on quantized models.) Raises ValueError if the weight
+    has a format that ComfyUI does not convert.
+    """
+    weight, _, convert = get_key_weight(model.model, key)
+    if key in model.backup:
+        weight = model.backup[key].weight
+    if key in model.hook_backup:
+        weight = model.hook_backup[key][0]
+    weight = weight.detach()
+    weight = (weight if convert is None else convert(weight)).cpu()
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"load this checkpoint with one of ComfyUI's loaders; got {key} as {weight.dtype} values, which ComfyUI "
+            "does not convert; expected floating-point weights, or weights that ComfyUI has quantized"
+        )
+    return weight.half() if weight.dtype.itemsize < 2 else weight

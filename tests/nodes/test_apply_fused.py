@@ -20,7 +20,6 @@ from support.fused_kv import (
     make_fused_kv_identity,
     make_people,
     make_stripe_masks,
-    make_zero_shot_adapter,
 )
 from support.host_models import add_controlnet, all_close, make_conditioning, make_small_model, sample_latent
 from torch import Tensor
@@ -296,14 +295,6 @@ def test_prompts_with_masks_and_areas(base: ModelPatcher) -> None:
     assert sample_latent(apply_fused_kv(base), positive=areas).isfinite().all()
     with pytest.raises(ValueError, match="mask instead of an area"):
         sample_latent(apply_fused_kv(base, identity_or_people=make_people(make_stripe_masks())), positive=areas)
-
-
-@pytest.mark.parametrize("family", ["SD1.5", "SDXL"])
-@pytest.mark.parametrize("noise", ["clean", "match"])
-def test_zero_shot(family: str, noise: str) -> None:
-    base = make_small_model(family)
-    out = sample_latent(apply_fused_kv(base, make_zero_shot_adapter(base, family, noise)), family)
-    assert out.isfinite().all() and not all_close(out, sample_latent(base, family), 1e-3)
 
 
 def test_face_size(base: ModelPatcher) -> None:

@@ -14,6 +14,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sample
 import comfy.supported_models
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -46,13 +47,14 @@ LATENT_CHANNELS = {"FLUX.1": 16}  # 4 for the others
 
 
 def make_small_model(family: str = "SD1.5", weights: dict[str, Tensor] | None = None, **changes: Any) -> ModelPatcher:
-    """A small model of this family. Without `weights`, they are random."""
+    """A small model of this family. Without `weights`, they are random. They may be quantized, as in a file."""
     config, supported, base = MODEL_FAMILIES[family]
     config = copy.deepcopy(config) | changes  # ComfyUI's modules consume the lists
     heads = {key: config[key] for key in ("num_heads", "num_head_channels") if key in config}
     settings = supported(dict(config))
     settings.unet_config |= heads
-    settings.set_inference_dtype(torch.float32, None)
+    settings.quant_config = comfy.utils.detect_layer_quantization(weights or {}, "")
+    settings.set_inference_dtype(torch.float32, torch.float32 if settings.quant_config else None)
     model = base(settings, device=torch.device("cpu"))
     unet = model.diffusion_model
     if weights is None:
