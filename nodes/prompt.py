@@ -88,8 +88,8 @@ def make_inverter_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "variation", default=0.0, min=0.0, max=0.2, step=0.005, optional=True, advanced=True,
-            tooltip="Noise on the face embedding, 0 to 0.2 of its standard deviation. Up to 0.06, the person stays "
-            "the same.",
+            tooltip="Noise on the average of the photos, 0 to 0.2 of its standard deviation. Up to 0.06, the person "
+            "stays the same.",
         ),
         io.Int.Input(
             "variation_seed", default=0, min=0, max=2**32 - 1, optional=True, advanced=True,

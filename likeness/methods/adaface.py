@@ -34,6 +34,8 @@ TEXT_MODEL_PREFIX = "prompt2token_proj.text_model."
 EXTRA_TENSORS = ("hidden_state_layer_weights", "pad_embeddings", "static_img_suffix_embs")
 CLIP_L_SIZES = {"layers": 12, "width": 768, "words": VOCABULARY_SIZE, "positions": CONTEXT_LENGTH}  # of SD1.5's files
 
+Perturbation = Callable[[Tensor], Tensor]
+
 
 class PromptInverter(nn.Module):
     """Maps Arc2Face's tokens to token embeddings."""
@@ -83,23 +85,29 @@ def perturb_vectors(x: Tensor, noise_level: float, noise: Tensor) -> Tensor:
     return perturbed * (x.norm(dim=-1, keepdim=True) / (perturbed.norm(dim=-1, keepdim=True) + 1e-8))
 
 
-def _tokens_of_mean_face(model: CLIPTextModel, rows: Tensor, weight: Tensor) -> Tensor:
-    return arc2face.encode_face_prompt(model, average_face_vectors(rows, weight))
+def _encode_face_tokens(model: CLIPTextModel, face_vectors: Tensor) -> Tensor:
+    """Arc2Face's tokens of face vectors [n, 512]: [n, 16, D]."""
+    return arc2face.encode_face_prompt(model, face_vectors)[:, FACE_TOKEN_INDEX : FACE_TOKEN_INDEX + NUM_FACE_VECTORS]
 
 
-def _mean_of_tokens(model: CLIPTextModel, rows: Tensor, weight: Tensor) -> Tensor:
-    return (weight[:, None, None] * arc2face.encode_face_prompt(model, rows)).sum(0, keepdim=True)
+def _tokens_of_mean_face(model: CLIPTextModel, rows: Tensor, weight: Tensor, perturb: Perturbation) -> Tensor:
+    return _encode_face_tokens(model, perturb(average_face_vectors(rows, weight)))
 
 
-# How several faces are averaged; the first is the authors'.
-AVERAGING_METHODS: Mapping[str, Callable[[CLIPTextModel, Tensor, Tensor], Tensor]] = {
+def _mean_of_tokens(model: CLIPTextModel, rows: Tensor, weight: Tensor, perturb: Perturbation) -> Tensor:
+    return perturb((weight[:, None, None] * _encode_face_tokens(model, rows)).sum(0, keepdim=True))
+
+
+# How several faces are averaged to tokens [1, 16, D]; the first is the authors'. The mean is perturbed: on every face,
+# noise of the same level would be weaker, relative to the mean, the less the faces agree.
+AVERAGING_METHODS: Mapping[str, Callable[[CLIPTextModel, Tensor, Tensor, Perturbation], Tensor]] = {
     "faces": _tokens_of_mean_face, "tokens": _mean_of_tokens,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FaceEmbeddingOptions:
-    """How a person becomes token embeddings: `averaging` is a key of AVERAGING_METHODS, the noise is added to the face.
+    """How a person becomes token embeddings: `averaging` is a key of AVERAGING_METHODS, the noise is added to the mean.
 
     Up to a `noise_level` of about 0.06 it remains the same person.
     """
@@ -125,12 +133,14 @@ def make_token_embeddings(
     Raises ValueError where the identity holds none.
     """
     rows, weight = arc2face.get_face_vectors(identity, features)
-    if options.noise_level:
-        # The same noise on every face, or averaging would reduce it.
-        noise = torch.randn(1, rows.shape[-1], generator=torch.Generator().manual_seed(options.seed))
-        rows = perturb_vectors(rows, options.noise_level, noise)
-    tokens = AVERAGING_METHODS[options.averaging](encoder, rows.to(device), weight.to(device))
-    tokens = tokens[:, FACE_TOKEN_INDEX : FACE_TOKEN_INDEX + NUM_FACE_VECTORS]
+
+    def perturb(mean: Tensor) -> Tensor:
+        if not options.noise_level:
+            return mean
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(options.seed))
+        return perturb_vectors(mean, options.noise_level, noise.to(mean))
+
+    tokens = AVERAGING_METHODS[options.averaging](encoder, rows.to(device), weight.to(device), perturb)
     return inverter.invert_tokens(tokens, options.id_scale)[0, : options.num_vectors]
 
 

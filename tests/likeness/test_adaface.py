@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.ops
@@ -13,6 +14,7 @@ from comfyui_likeness.likeness.encoders.clip_text import END_TOKEN_ID, START_TOK
 from comfyui_likeness.likeness.methods import adaface, arc2face
 from safetensors.torch import load_file
 from support.adaface_golden import CASES, FOLDER, build_input, build_weights
+from support.identities import make_identity
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -217,6 +219,31 @@ def test_noise() -> None:
     case = CASES["dev_perturb_tokens"]
     rows, noise = build_input(case, "tokens"), build_input(case, "noise")
     assert_case_close(case, {f"perturbed_{std}": adaface.perturb_vectors(rows, std, noise) for std in case["stds"]})
+
+
+@pytest.mark.parametrize("averaging", adaface.AVERAGING_METHODS)
+def test_noise_is_added_to_the_mean(averaging: str) -> None:
+    """However little the faces agree, the mean gets noise of the chosen level, relative to its standard deviation."""
+    case, level = CASES["e2e_mid576"], 0.06
+    encoder, inverter = build_text_model(case, "arc2face_encoder"), build_inverter(case)
+    faces = build_input(case, "face_embs")
+    identity = make_identity(arc2face.FACE_FEATURES[-1:], ((512,),), len(faces))
+    identity = replace(identity, embeddings=dict.fromkeys(identity.embeddings, faces))
+    options = adaface.FaceEmbeddingOptions(averaging=averaging, noise_level=level, seed=3)
+    found = adaface.make_token_embeddings(encoder, inverter, identity, options, CPU)
+
+    def perturb(mean: Tensor) -> Tensor:
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+        return mean + level * mean.std(-1, keepdim=True).mean() * noise
+
+    mean = faces.mean(0, keepdim=True)
+    assert mean.norm() < 0.9  # the faces differ
+    if averaging == "faces":
+        tokens = arc2face.encode_face_prompt(encoder, normalize(perturb(mean), dim=-1))[:, 4:20]
+    else:
+        mean = arc2face.encode_face_prompt(encoder, faces)[:, 4:20].mean(0, keepdim=True)
+        tokens = normalize(perturb(mean), dim=-1) * mean.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(found, inverter.invert_tokens(tokens)[0], atol=2e-5, rtol=2e-5)
 
 
 def test_end_to_end() -> None:
