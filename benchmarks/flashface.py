@@ -16,12 +16,12 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..likeness.attention.feature_cache import ReferenceFeatureCache
-from ..nodes.attention.flashface.added_layers import ADDED_LAYER_OUTPUT_OPTION
 from ..nodes.attention.flashface.apply_reference import ApplyReference
 from ..nodes.attention.flashface.reference_term import ReferenceTerm, make_attention_function
 from ..nodes.attention.injection import ATTN1_OUTPUT, PatchPlace
 from ..nodes.attention.model_call import ModelCall
 from ..nodes.attention.patch import attach_injection, capture_attention_inputs, get_branches, get_injections
+from ..nodes.attention.slots import get_layer_tensors
 from ..nodes.loaders.flashface_loader import build_flashface
 from ..nodes.types import LoadedReferenceNet
 from ..tools.standins import models
@@ -78,7 +78,7 @@ class OfficialReferenceTerm(ReferenceTerm):
         layer, features, strengths = state
         tokens = torch.cat((q, features.flatten(0, 1)[None].expand(len(q), -1, -1)), 1)
         out = layer.o(make_attention_function(options)(layer.q(q), layer.k(tokens), layer.v(tokens)))
-        return strengths.to(q.dtype)[:, None, None] * (out - options[ADDED_LAYER_OUTPUT_OPTION].output)
+        return strengths.to(q.dtype)[:, None, None] * (out - get_layer_tensors(options).added_layer_output.output)
 
 
 def apply_official_reference(model: ModelPatcher, reference_net: LoadedReferenceNet) -> ModelPatcher:

@@ -21,10 +21,11 @@ from .. import types
 from . import flux_layers, unet_layers
 from .flux_layers import FluxLayer
 from .identity_attention import ConditionalPair, IdentityAttentionTerm
-from .injection import ATTENTION_OUTPUT_OPTION, PatchPlace, RunCache
+from .injection import PatchPlace, RunCache
 from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
 from .schedule import Schedule, make_schedule_inputs
+from .slots import get_layer_tensors
 from .unet_layers import UNetLayer
 
 AdapterLayer = UNetLayer | FluxLayer
@@ -100,7 +101,8 @@ class DecoupledTerm(IdentityAttentionTerm):
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         term = run_attention_backend(q, state.k, state.v, options, state.bias)
         if self.pulid_mode is not pulid.PLAIN_MODE:
-            term = self.pulid_mode.orthogonalize(options[ATTENTION_OUTPUT_OPTION], term, q, state.k, options["n_heads"])
+            output = get_layer_tensors(options).attention_output
+            term = self.pulid_mode.orthogonalize(output, term, q, state.k, options["n_heads"])
         return self.apply_region(term, self.mask, q, options)
 
 

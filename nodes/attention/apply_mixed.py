@@ -17,10 +17,11 @@ from ...likeness.methods import infinite_id, ip_adapter
 from ...likeness.spec import Identity, People, Person
 from .. import types
 from .identity_attention import ConditionalPair, IdentityAttentionTerm
-from .injection import KEYS_VALUES_OPTION, KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache
+from .injection import KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache
 from .model_call import ModelCall
 from .patch import attach_injection, run_attention_backend
 from .schedule import Schedule, make_schedule_inputs
+from .slots import get_layer_tensors
 from .text_stream import OWN_TEXT_STREAM, SHARED_TEXT_STREAM
 from .unet_layers import UNetLayer, match_unet_layers
 
@@ -59,7 +60,7 @@ class MixedSelfExtension(KeyValueExtension):
         return dict.fromkeys(self.attention_places, text_rows)
 
     def extend_blocks(self, state: Any, blocks: KeyValueBlocks, options: dict[str, Any]) -> KeyValueBlocks:
-        (image_block, *others), (k, v) = blocks, options[KEYS_VALUES_OPTION]
+        (image_block, *others), (k, v) = blocks, get_layer_tensors(options).keys_values
         text_block, normalize = KeyValueBlock(k[state], v[state]), infinite_id.STYLE_NORMALIZATIONS[self.style]
         mix = infinite_id.SELF_ATTENTION_MODES[self.attention_mode]
         assert mix is not None  # "off" attaches no extension
@@ -115,7 +116,8 @@ class MixedCrossTerm(IdentityAttentionTerm):
         return self.run_cache.get_or_compute(key, make_rows)
 
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        normalize, (text_k, text_v) = infinite_id.STYLE_NORMALIZATIONS[self.style], options[KEYS_VALUES_OPTION]
+        normalize = infinite_id.STYLE_NORMALIZATIONS[self.style]
+        text_k, text_v = get_layer_tensors(options).keys_values
         layer, row_scale = state
         k, v = normalize(layer.k, text_k), normalize(layer.v, text_v)
         term = self.strength * run_attention_backend(q, k, v, options, layer.bias)

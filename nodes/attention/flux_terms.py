@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .injection import Injection, PatchPlace
-from .slots import CallState, add_terms, get_call_state
+from .slots import CallState, add_terms, get_call_state, get_layer_tensors
 
 # Names of places.
 FLUX_IMAGE_ATTENTION = "flux_image_attention"  # added to the attention's output for the image, before the projection
@@ -29,7 +29,7 @@ TOKEN_GRID_OPTION = "likeness_token_grid"  # in the options of FLUX: height and 
 
 def keep_queries(q: Tensor, k: Tensor, v: Tensor, *, extra_options: dict[str, Any], **_: Any) -> dict[str, Tensor]:
     """Keep the queries of a FLUX block for the terms behind its attention and behind the block."""
-    get_call_state(extra_options).flux_queries[:] = [q]
+    get_layer_tensors(extra_options).flux_queries = q
     return {}
 
 
@@ -81,12 +81,12 @@ def _slice_queries(call_state: CallState, img: Tensor, part: slice) -> Tensor:
 
 def _get_queries(call_state: CallState) -> Tensor:
     """The queries of the current block. Raises RuntimeError if this ComfyUI does not pass them to patches."""
-    if not call_state.flux_queries:
+    if not hasattr(call_state.layer, "flux_queries"):
         raise RuntimeError(
             "got a ComfyUI that does not pass the queries of FLUX to patches; expected 0.18 or newer; update ComfyUI, "
             "or use PuLID-FLUX, which does not need them"
         )
-    return call_state.flux_queries[0]
+    return call_state.layer.flux_queries
 
 
 def _count_image_tokens(options: dict[str, Any]) -> int:

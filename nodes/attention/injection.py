@@ -16,9 +16,6 @@ from .schedule import Schedule
 
 ATTN1_OUTPUT = "attn1_output"
 # Keys in the options that a layer gets.
-PROJECTED_OUTPUT_OPTION = "likeness_projected_output"  # output of a self-attention behind its projection
-ATTENTION_OUTPUT_OPTION = "likeness_attention_output"  # output of an attention, before any term
-KEYS_VALUES_OPTION = "likeness_keys_values"  # keys and values that the attention reads, of all rows
 FULL_LATENT_SIZE_OPTION = "likeness_full_latent_size"  # height and width of the latent, if a guider sets it
 LATENT_SIZE_OPTION = "likeness_latent_size"  # height and width of the latent that the model gets
 
@@ -139,8 +136,8 @@ class AttentionTerm(Injection):
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         """The term at a place, [B, N, hidden] like the attention's output, from the place's state.
 
-        `q` are the queries, and options[ATTENTION_OUTPUT_OPTION] is the output. At ATTN1_OUTPUT, `q` is the input of
-        the layer, and options[PROJECTED_OUTPUT_OPTION] its output. In FLUX, `q` is split into heads (flux_terms.py).
+        `q` are the queries; at ATTN1_OUTPUT, `q` is the input of the layer. More is in the call's LayerTensors. In
+        FLUX, `q` is split into heads (flux_terms.py).
         """
 
 

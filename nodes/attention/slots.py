@@ -15,9 +15,6 @@ from torch import Tensor
 
 from ...likeness.attention.grouped_attention import KeyValueBlock, QueryGrouping, attend_blocks
 from .injection import (
-    ATTENTION_OUTPUT_OPTION,
-    KEYS_VALUES_OPTION,
-    PROJECTED_OUTPUT_OPTION,
     AttentionTerm,
     Injection,
     KeyValueBlocks,
@@ -27,7 +24,6 @@ from .injection import (
 from .model_call import ModelCall
 
 LIKENESS_KEY = "likeness"  # in the options of a model call: its CallState
-SELF_ATTENTION_INPUT_OPTION = "likeness_self_attention_input"
 
 AttentionReplacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None], Tensor]
@@ -41,18 +37,32 @@ class ActiveInjection:
     gate: Tensor | None
 
 
+class LayerTensors:
+    """What the patches of a layer hand on to each other. An attribute exists from when it is set until it is deleted.
+
+    They are not put into the options of the layer: a compiled model expects the same keys there at every call.
+    """
+
+    keys_values: tuple[Tensor, Tensor]  # that the attention reads, of all rows
+    attention_output: Tensor  # before any term
+    self_attention_input: Tensor  # before any patch
+    projected_output: Tensor  # of a self-attention behind its projection, before any term
+    added_layer_output: Any  # the SelfAttentionOutput of FlashFace's added layer
+    flux_queries: Tensor  # of the current FLUX block, [B, heads, N, C], text tokens first
+
+
 @dataclass(frozen=True)
 class CallState:
     """A model call, and the injections that are on during it, by their id.
 
     `image_rows` [rows, 1, 1] is 1 for the image's rows and 0 for a text stream's; None if there is no text stream.
-    `flux_queries` holds the queries of the current FLUX block, [B, heads, N, C], text tokens first.
+    `layer` is refilled by each layer.
     """
 
     call: ModelCall
     active_injections: Mapping[int, ActiveInjection]
     image_rows: Tensor | None
-    flux_queries: list[Tensor] = field(default_factory=list)
+    layer: LayerTensors = field(default_factory=LayerTensors)
 
     def get_state(self, injection: Injection, place: PatchPlace) -> Any:
         """An injection's state for a place; None if it does nothing there."""
@@ -68,6 +78,11 @@ def get_call_state(options: dict[str, Any]) -> CallState:
             "the model was called without its wrappers; expected a call by ComfyUI's samplers; use one of them"
         )
     return call_state
+
+
+def get_layer_tensors(options: dict[str, Any]) -> LayerTensors:
+    """What the patches of the current layer have handed on."""
+    return get_call_state(options).layer
 
 
 def add_terms(
@@ -95,9 +110,12 @@ class AttentionSlot:
     injections: tuple[Injection, ...]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        options[KEYS_VALUES_OPTION] = k, v
-        options[ATTENTION_OUTPUT_OPTION] = out = self._attend(q, k, v, options)
-        return add_terms(self.injections, self.place, q, out, options)
+        layer = get_layer_tensors(options)
+        layer.keys_values = k, v
+        layer.attention_output = out = self._attend(q, k, v, options)
+        out = add_terms(self.injections, self.place, q, out, options)
+        del layer.keys_values, layer.attention_output  # free them before the layers behind run
+        return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """The attention; each chunk of rows attends to the blocks that the extensions give it."""
@@ -172,8 +190,9 @@ class Attn1OutputPatch:
         place = next((p for p in self.injection.places if (p.block, p.depth) == (block, depth)), None)
         if place is None:
             return n
-        options.setdefault(PROJECTED_OUTPUT_OPTION, n)
-        return add_terms((self.injection,), place, options[SELF_ATTENTION_INPUT_OPTION], n, options)
+        layer = get_layer_tensors(options)
+        layer.projected_output = getattr(layer, "projected_output", n)
+        return add_terms((self.injection,), place, layer.self_attention_input, n, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attn1OutputPatch:
         return self
@@ -183,5 +202,7 @@ def keep_attention_input(
     n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the input of a self-attention for the patches of its output."""
-    options[SELF_ATTENTION_INPUT_OPTION] = n
+    layer = get_layer_tensors(options)
+    vars(layer).clear()
+    layer.self_attention_input = n
     return n, context, value

@@ -15,11 +15,17 @@ from comfyui_likeness.likeness.methods import ip_adapter, pulid
 from comfyui_likeness.likeness.methods.resampler import Perceiver, Resampler
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature
 from comfyui_likeness.nodes.attention import apply_decoupled
-from comfyui_likeness.nodes.attention.injection import ATTENTION_OUTPUT_OPTION, AttentionTerm, PatchPlace, RunCache
+from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache
 from comfyui_likeness.nodes.attention.model_call import ModelCall
 from comfyui_likeness.nodes.attention.patch import attach_injection, run_attention_backend
 from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON
-from comfyui_likeness.nodes.attention.slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, CallState
+from comfyui_likeness.nodes.attention.slots import (
+    LIKENESS_KEY,
+    ActiveInjection,
+    AttentionSlot,
+    CallState,
+    get_layer_tensors,
+)
 from comfyui_likeness.nodes.types import LoadedAdapter
 from support.golden import GOLDEN_FOLDER, GoldenCase, assert_close, read_golden_cases
 from support.host_models import make_small_model
@@ -183,7 +189,7 @@ def run_slot(
 
         def compute_term(self, state: object, q: Tensor, options: dict[str, object]) -> Tensor:
             return mode.orthogonalize(
-                options[ATTENTION_OUTPUT_OPTION],
+                get_layer_tensors(options).attention_output,
                 run_attention_backend(q, key, value, options),
                 q,
                 key,

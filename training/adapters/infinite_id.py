@@ -22,9 +22,9 @@ from ...likeness.methods.ip_adapter import DecoupledAdapter
 from ...likeness.methods.projectors import FaceIDProjection, InfiniteIDProjection
 from ...likeness.spec import AdapterSpec, Identity, Person
 from ...nodes.attention import apply_mixed, unet_layers
-from ...nodes.attention.injection import ATTENTION_OUTPUT_OPTION
 from ...nodes.attention.patch import attach_injection
 from ...nodes.attention.schedule import ALWAYS_ON
+from ...nodes.attention.slots import get_layer_tensors
 from ...nodes.attention.text_stream import OWN_TEXT_STREAM
 from ...nodes.types import LoadedAdapter
 from ..base_models import face_recognizer
@@ -79,7 +79,7 @@ class IdentityOnlyTerm(BatchCrossTerm):
     """Cross-attention to the identity instead of the text."""
 
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
-        return super().compute_term(state, q, options) - options[ATTENTION_OUTPUT_OPTION]
+        return super().compute_term(state, q, options) - get_layer_tensors(options).attention_output
 
 
 CROSS_ATTENTION_TERMS: Mapping[bool, type[BatchCrossTerm]] = {

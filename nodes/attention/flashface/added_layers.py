@@ -14,10 +14,8 @@ from ..injection import ATTN1_OUTPUT, AttentionTerm, PatchPlace, RunCache
 from ..model_call import ModelCall
 from ..patch import attach_injection, run_attention_backend
 from ..schedule import ALWAYS_ON, Schedule
+from ..slots import get_layer_tensors
 from ..unet_layers import list_unet_layers
-
-# In the options that a layer gets: the SelfAttentionOutput of its added layer.
-ADDED_LAYER_OUTPUT_OPTION = "likeness_added_layer_output"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class AddedLayersTerm(AttentionTerm):
         layer: AddedLayer = state
         query, k, v = layer.q(q), layer.k(q), layer.v(q)
         output = layer.o(run_attention_backend(query, k, v, options))
-        options[ADDED_LAYER_OUTPUT_OPTION] = SelfAttentionOutput(query, k, v, output)
+        get_layer_tensors(options).added_layer_output = SelfAttentionOutput(query, k, v, output)
         return output
 
 

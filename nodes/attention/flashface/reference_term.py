@@ -14,12 +14,12 @@ from ....likeness.attention.feature_cache import ReferenceFeatureCache
 from ....likeness.methods import flashface
 from ... import types
 from ..face_stream import FaceRunState, FaceStreamInjection, get_weights_key, hash_tensor
-from ..injection import PROJECTED_OUTPUT_OPTION, AttentionTerm, GuidanceBranch, PatchPlace, RunCache
+from ..injection import AttentionTerm, GuidanceBranch, PatchPlace, RunCache
 from ..layer_masks import get_query_coverage
 from ..model_call import ModelCall
 from ..patch import capture_attention_inputs, run_attention_backend
 from ..schedule import ALWAYS_ON
-from .added_layers import ADDED_LAYER_OUTPUT_OPTION
+from ..slots import get_layer_tensors
 
 ProjectionFunction = Callable[[Tensor], Tensor]
 
@@ -196,12 +196,11 @@ class ReferenceTerm(AttentionTerm, FaceStreamInjection[ReferenceFaces]):
 
     def compute_term(self, state: Any, q: Tensor, options: dict[str, Any]) -> Tensor:
         attention, chunks, pairs, call = state
+        layer = get_layer_tensors(options)
         self_attention = (
-            options[ADDED_LAYER_OUTPUT_OPTION]
+            layer.added_layer_output
             if attention.is_added
-            else flashface.SelfAttentionOutput(
-                attention.q(q), attention.k(q), attention.v(q), options[PROJECTED_OUTPUT_OPTION]
-            )
+            else flashface.SelfAttentionOutput(attention.q(q), attention.k(q), attention.v(q), layer.projected_output)
         )
         attend, out = make_attention_function(options), torch.zeros_like(self_attention.output)
         for person, pair in zip(self.people, pairs, strict=True):
