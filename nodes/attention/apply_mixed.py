@@ -52,16 +52,15 @@ class MixedSelfExtension(KeyValueExtension):
         return list(self.attention_places)
 
     def prepare_states(self, call: ModelCall) -> Mapping[PatchPlace, Any]:
-        """For the image's chunk of each prompt, the rows of its text stream, which follow the chunk."""
-        n = call.rows_per_chunk
-        text_rows = [
-            None if call.is_text_stream(role) else slice((c + 1) * n, (c + 2) * n) for c, role in enumerate(call.roles)
-        ]
-        return dict.fromkeys(self.attention_places, text_rows)
+        """For the image's chunk of each prompt, its text stream's among all chunks: the next one."""
+        num_chunks = len(call.roles)
+        text_chunks = [None if call.is_text_stream(role) else (c + 1, num_chunks) for c, role in enumerate(call.roles)]
+        return dict.fromkeys(self.attention_places, text_chunks)
 
     def extend_blocks(self, state: Any, blocks: KeyValueBlocks, options: dict[str, Any]) -> KeyValueBlocks:
-        (image_block, *others), (k, v) = blocks, get_layer_tensors(options).keys_values
-        text_block, normalize = KeyValueBlock(k[state], v[state]), infinite_id.STYLE_NORMALIZATIONS[self.style]
+        (image_block, *others), (text_chunk, num_chunks) = blocks, state
+        k, v = (part.chunk(num_chunks)[text_chunk] for part in get_layer_tensors(options).keys_values)
+        text_block, normalize = KeyValueBlock(k, v), infinite_id.STYLE_NORMALIZATIONS[self.style]
         mix = infinite_id.SELF_ATTENTION_MODES[self.attention_mode]
         assert mix is not None  # "off" attaches no extension
         return (*mix(image_block, text_block, normalize, self.weight), *others)

@@ -8,7 +8,7 @@ it reads the queries [B, heads, N, C], after their norm and before RoPE.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .injection import Injection, PatchPlace
-from .slots import CallState, add_terms, get_call_state, get_layer_tensors
+from .slots import CallState, OuterPatch, add_terms, get_call_state, get_layer_tensors
 
 # Names of places.
 FLUX_IMAGE_ATTENTION = "flux_image_attention"  # added to the attention's output for the image, before the projection
@@ -35,23 +35,44 @@ def keep_queries(q: Tensor, k: Tensor, v: Tensor, *, extra_options: dict[str, An
 
 @dataclass(frozen=True, eq=False)
 class FluxAttentionPatch:
-    """A patch behind the attention of every FLUX block: the terms of one injection, before the output projection."""
+    """The patch behind the attention of every FLUX block: the terms of injections, before the output projection."""
 
-    injection: Injection
+    injections: tuple[Injection, ...]
 
     def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
         call_state = get_call_state(options)
         block, text_tokens = (options["block_type"], options["block_index"]), options["img_slice"][0]
         for name, start in ((FLUX_IMAGE_ATTENTION, text_tokens), (FLUX_JOINT_ATTENTION, 0)):
             place, part = PatchPlace(name, block), slice(start, text_tokens + _count_image_tokens(options))
-            if call_state.get_state(self.injection, place) is not None:
+            if call_state.is_any_on(self.injections, place):
                 queries = _get_queries(call_state)[:, :, part]
-                changed = add_terms((self.injection,), place, queries, n[:, part], options)
+                changed = add_terms(self.injections, place, queries, n[:, part], options)
                 n = torch.cat((n[:, :start], changed, n[:, part.stop :]), dim=1)
         return n
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FluxAttentionPatch:
         return self
+
+
+@dataclass(frozen=True, eq=False)
+class FluxBlockPatch(OuterPatch):
+    """The patch of one FLUX block: the patch around which it stands, and the injections that add to its stream."""
+
+    block: tuple[str, int]
+    get_options: Callable[[dict[str, Any]], dict[str, Any]]  # those of the layer, from the arguments of the block
+    replaced: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None
+    injections: tuple[Injection, ...]
+
+    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        options, replaced = self.get_options(args), self.replaced
+
+        def act(out: dict[str, Any]) -> dict[str, Any]:
+            return {**out, "img": add_stream_terms(self.block, self.injections, out["img"], options)}
+
+        def run_previous() -> dict[str, Any]:
+            return extra["original_block"](args) if replaced is None else replaced(args, extra)
+
+        return get_layer_tensors(options).run_patch((self.block, self.injections), run_previous, act)
 
 
 def add_stream_terms(
@@ -66,7 +87,7 @@ def add_stream_terms(
     out = image_tokens = img[:, part]
     for name in (FLUX_BLOCK_QUERIES, FLUX_BLOCK_STREAM):
         place = PatchPlace(name, block)
-        if any(call_state.get_state(injection, place) is not None for injection in injections):
+        if call_state.is_any_on(injections, place):
             q = image_tokens if name == FLUX_BLOCK_STREAM else _slice_queries(call_state, img, part)
             out = add_terms(injections, place, q, out, options)
     return img if out is image_tokens else torch.cat((img[:, :text_tokens], out, img[:, part.stop :]), dim=1)

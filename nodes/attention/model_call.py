@@ -41,6 +41,10 @@ class ModelCall:
         return len(self.images)
 
     @property
+    def num_rows(self) -> int:
+        return len(self.roles) * self.rows_per_chunk
+
+    @property
     def is_conditional(self) -> tuple[bool, ...]:
         """For each chunk, whether it gets the identity: all but negative prompts and text streams."""
         return tuple("negative" not in role and not self.is_text_stream(role) for role in self.roles)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,21 +20,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .flux_terms import (
-    FLUX_BLOCK_QUERIES,
-    FLUX_BLOCK_STREAM,
-    FLUX_IMAGE_ATTENTION,
-    FLUX_JOINT_ATTENTION,
-    TOKEN_GRID_OPTION,
-    FluxAttentionPatch,
-    add_stream_terms,
-    keep_queries,
-)
-from .injection import ATTN1_OUTPUT, FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, GuidanceBranch, Injection, PatchPlace
+from .flux_terms import TOKEN_GRID_OPTION
+from .injection import FULL_LATENT_SIZE_OPTION, LATENT_SIZE_OPTION, GuidanceBranch, Injection, PatchPlace
 from .model_call import ModelCall
+from .patch_installation import PatchInstaller
 from .prompt_batch import NO_PROMPTS, Prediction, PromptBatch
 from .schedule import NO_SCHEDULES, ResolvedSchedules
-from .slots import LIKENESS_KEY, ActiveInjection, AttentionSlot, Attn1OutputPatch, CallState, keep_attention_input
+from .slots import LIKENESS_KEY, ActiveInjection, CallState
 from .text_stream import (
     NO_TEXT_STREAM,
     OWN_TEXT_STREAM,
@@ -48,15 +42,6 @@ from .text_stream import (
 TRANSFORMER_OPTIONS, CONTEXT_HANDLER_OPTION = "transformer_options", "context_handler"  # ComfyUI's
 SCHEDULES_OPTION = "likeness_schedules"  # in transformer_options during a run
 PROMPT_BATCH_OPTION = "likeness_prompt_batch"  # in transformer_options during a step
-
-# Places behind an attention -> the patch that keeps the attention's input, and the patch that adds the terms.
-AFTER_ATTENTION_PATCHES: Mapping[str, tuple[Callable[..., Any], Callable[[Injection], Any] | None]] = {
-    ATTN1_OUTPUT: (keep_attention_input, Attn1OutputPatch),
-    FLUX_IMAGE_ATTENTION: (keep_queries, FluxAttentionPatch),
-    FLUX_JOINT_ATTENTION: (keep_queries, FluxAttentionPatch),
-    FLUX_BLOCK_QUERIES: (keep_queries, None),
-}
-AFTER_BLOCK_PLACES = (FLUX_BLOCK_QUERIES, FLUX_BLOCK_STREAM)
 
 TransformerOptions = Mapping[str, Any]
 
@@ -86,19 +71,6 @@ def attach_injection(
     The model and its other clones are not changed.
     """
     patched = model.clone()
-    for place in injection.places:
-        if place.name in AFTER_BLOCK_PLACES:
-            _wrap_block(patched, place, injection)
-        elif place.name not in AFTER_ATTENTION_PATCHES:
-            _install_slot(patched, place, injection)
-    for keep_input, output_patch in {
-        AFTER_ATTENTION_PATCHES[place.name] for place in injection.places if place.name in AFTER_ATTENTION_PATCHES
-    }:
-        patches = patched.model_options[TRANSFORMER_OPTIONS].setdefault("patches", {})
-        if keep_input not in patches.get("attn1_patch", ()):
-            patches["attn1_patch"] = [keep_input, *patches.get("attn1_patch", ())]  # first: before others change it
-        if output_patch is not None:
-            patched.set_model_attn1_output_patch(output_patch(injection))
     patched.set_additional_models(f"{LIKENESS_KEY}.{id(injection)}", injection.patchers)
     previous = _get_model_wrappers(model)
     wrappers = ModelWrappers(
@@ -106,49 +78,11 @@ def attach_injection(
         (*previous.branches, *((branch,) if branch else ())),
         max(previous.text_stream, text_stream, key=TEXT_STREAM_KINDS.index),
     )
+    wrappers.patch_installer.install(patched.model_options[TRANSFORMER_OPTIONS])
     for wrapper_type, wrapper in wrappers.by_type.items():
         patched.remove_wrappers_with_key(wrapper_type, LIKENESS_KEY)
         patched.add_wrapper_with_key(wrapper_type, LIKENESS_KEY, wrapper)
     return patched
-
-
-def _install_slot(patched: ModelPatcher, place: PatchPlace, injection: Injection) -> None:
-    patches = patched.model_options[TRANSFORMER_OPTIONS].get("patches_replace", {}).get(place.name, {})
-    exact_key = (*place.block, place.depth)
-    key = exact_key if exact_key in patches else place.patch_key  # ComfyUI looks for the exact key first
-    previous = patches.get(key, patches.get(place.block))
-    if isinstance(previous, AttentionSlot) and previous.place == place:
-        slot = AttentionSlot(place, run_attention_backend, previous.previous, (*previous.injections, injection))
-    else:
-        slot = AttentionSlot(place, run_attention_backend, previous, (injection,))
-    patched.set_model_patch_replace(slot, place.name, *key)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockWrapper:
-    """The patch of one FLUX block: the patch that was there before, and the injections that add to its stream."""
-
-    block: tuple[str, int]
-    previous: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None
-    injections: tuple[Injection, ...]
-
-    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        out = extra["original_block"](args) if self.previous is None else self.previous(args, extra)
-        return {**out, "img": add_stream_terms(self.block, self.injections, out["img"], args[TRANSFORMER_OPTIONS])}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockWrapper:
-        return self
-
-
-def _wrap_block(patched: ModelPatcher, place: PatchPlace, injection: Injection) -> None:
-    kind, index = place.block
-    key = f"{kind}_block", index
-    wrapper = patched.model_options[TRANSFORMER_OPTIONS].get("patches_replace", {}).get("dit", {}).get(key)
-    if not isinstance(wrapper, BlockWrapper):
-        wrapper = BlockWrapper(place.block, wrapper, ())
-    if injection not in wrapper.injections:
-        wrapper = BlockWrapper(place.block, wrapper.previous, (*wrapper.injections, injection))
-        patched.set_model_patch_replace(wrapper, "dit", *key)
 
 
 def get_injections(model: ModelPatcher) -> tuple[Injection, ...]:
@@ -241,6 +175,10 @@ class ModelWrappers:
     branches: tuple[GuidanceBranch, ...] = ()
     text_stream: str = NO_TEXT_STREAM
 
+    @cached_property
+    def patch_installer(self) -> PatchInstaller:
+        return PatchInstaller(self.injections, run_attention_backend, itemgetter(TRANSFORMER_OPTIONS))
+
     @property
     def by_type(self) -> dict[str, Callable[..., Any]]:
         return {
@@ -331,7 +269,8 @@ class ModelWrappers:
             if gate is not False:
                 states = injection.prepare_states(call)
                 active[id(injection)] = ActiveInjection(states, gate if isinstance(gate, Tensor) else None)
-        options[LIKENESS_KEY] = CallState(call, active, call.make_image_rows())
+        self.patch_installer.install(options)
+        options[LIKENESS_KEY] = CallState(call, active, call.make_image_rows(), options.get("patches", {}))
         if self.text_stream != SHARED_TEXT_STREAM:
             return executor(*args, **kwargs)
         args, kwargs = add_shared_rows((args, kwargs), args[0], call.rows_per_chunk, options)

@@ -7,14 +7,17 @@ states were prepared before the model ran (CallState).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...likeness.attention.grouped_attention import KeyValueBlock, QueryGrouping, attend_blocks
 from .injection import (
+    ATTN1_OUTPUT,
     AttentionTerm,
     Injection,
     KeyValueBlocks,
@@ -24,6 +27,8 @@ from .injection import (
 from .model_call import ModelCall
 
 LIKENESS_KEY = "likeness"  # in the options of a model call: its CallState
+
+PACKAGE_NAME = __name__.partition(".nodes.")[0]
 
 AttentionReplacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None], Tensor]
@@ -43,6 +48,8 @@ class LayerTensors:
     They are not put into the options of the layer: a compiled model expects the same keys there at every call.
     """
 
+    running_patch: Any  # the key of the outermost patch that runs (run_patch)
+    has_acted: bool
     keys_values: tuple[Tensor, Tensor]  # that the attention reads, of all rows
     attention_output: Tensor  # before any term
     self_attention_input: Tensor  # before any patch
@@ -50,24 +57,46 @@ class LayerTensors:
     added_layer_output: Any  # the SelfAttentionOutput of FlashFace's added layer
     flux_queries: Tensor  # of the current FLUX block, [B, heads, N, C], text tokens first
 
+    def run_patch(self, key: Any, run_previous: Callable[[], Any], act: Callable[[Any], Any]) -> Any:
+        """The output of a patch: that of the one around which it stands, changed by `act`.
+
+        A patch of another pack may have kept an earlier patch of ours and call it, while a later one stands around it.
+        If both do the same (their keys are equal) the inner one acts, else the outer one alone.
+        """
+        outer = getattr(self, "running_patch", None)
+        if outer not in (None, key):
+            return run_previous()
+        self.running_patch, self.has_acted = key, False
+        out = run_previous()
+        if not self.has_acted:
+            out, self.has_acted = act(out), True
+        if outer is None:
+            del self.running_patch
+        return out
+
 
 @dataclass(frozen=True)
 class CallState:
     """A model call, and the injections that are on during it, by their id.
 
     `image_rows` [rows, 1, 1] is 1 for the image's rows and 0 for a text stream's; None if there is no text stream.
-    `layer` is refilled by each layer.
+    `patch_lists` are ComfyUI's lists of patches in this call. `layer` is refilled by each layer.
     """
 
     call: ModelCall
     active_injections: Mapping[int, ActiveInjection]
     image_rows: Tensor | None
+    patch_lists: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     layer: LayerTensors = field(default_factory=LayerTensors)
 
     def get_state(self, injection: Injection, place: PatchPlace) -> Any:
         """An injection's state for a place; None if it does nothing there."""
         active = self.active_injections.get(id(injection))
         return None if active is None else active.states.get(place)
+
+    def is_any_on(self, injections: Sequence[Injection], place: PatchPlace) -> bool:
+        """Whether an injection does something at a place."""
+        return any(self.get_state(injection, place) is not None for injection in injections)
 
 
 def get_call_state(options: dict[str, Any]) -> CallState:
@@ -85,6 +114,24 @@ def get_layer_tensors(options: dict[str, Any]) -> LayerTensors:
     return get_call_state(options).layer
 
 
+def check_token_order(size: Sequence[int], expected: Sequence[int], options: dict[str, Any]) -> None:
+    """Raise ValueError unless the sizes [rows, tokens] are the same."""
+    if tuple(size) == tuple(expected):
+        return
+    patches = [patch for patches in get_call_state(options).patch_lists.values() for patch in patches]
+    names = sorted({name for patch in patches if not (name := get_patch_owner(patch)).startswith(PACKAGE_NAME)})
+    raise ValueError(
+        f"remove the node {' or '.join(names) or 'that re-orders the tokens of the attentions'}; got {size[0]} x "
+        f"{size[1]} tokens in block {options.get('block')}; expected {expected[0]} x {expected[1]}"
+    )
+
+
+def get_patch_owner(patch: Any) -> str:
+    """The class in which a patch was made, or its module if there is none."""
+    name, _, is_nested = getattr(patch, "__qualname__", type(patch).__qualname__).partition(".")
+    return name if is_nested else getattr(patch, "__module__", name)
+
+
 def add_terms(
     injections: Sequence[Injection], place: PatchPlace, q: Tensor, out: Tensor, options: dict[str, Any]
 ) -> Tensor:
@@ -100,25 +147,84 @@ def add_terms(
     return out
 
 
+class OuterPatch:
+    """A patch in the place of another, which ComfyUI therefore no longer sees: it passes on what ComfyUI asks of that.
+
+    A subclass is a dataclass with the field `replaced`.
+    """
+
+    replaced: Any
+
+    def to(self, device_or_dtype: torch.device | torch.dtype) -> OuterPatch:
+        if not hasattr(self.replaced, "to"):
+            return self
+        moved = self.replaced.to(device_or_dtype)
+        return self if moved is self.replaced else replace(self, replaced=moved)  # pyright: ignore
+
+    def models(self) -> list[ModelPatcher]:
+        return self.replaced.models() if hasattr(self.replaced, "models") else []
+
+    def cleanup(self) -> None:
+        if hasattr(self.replaced, "cleanup"):
+            self.replaced.cleanup()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OuterPatch:
+        return self  # immutable; the weights behind it are ComfyUI's to copy
+
+
 @dataclass(frozen=True, eq=False)
-class AttentionSlot:
-    """The patch of one attention layer: the patch that was there before, and the injections that act on it."""
+class AttentionSlot(OuterPatch):
+    """The patch of one attention layer: the patch around which it stands, and the injections that act on it.
+
+    That is the patch `replaced` that stood in its place, or else `block_patch`, one for all attentions of the block.
+    """
 
     place: PatchPlace
     backend: AttentionBackend
-    previous: AttentionReplacement | None
+    replaced: AttentionReplacement | None
     injections: tuple[Injection, ...]
+    block_patch: AttentionReplacement | None = None
+
+    @property
+    def previous(self) -> AttentionReplacement | None:
+        return self.block_patch if self.replaced is None else self.replaced
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        layer = get_layer_tensors(options)
-        layer.keys_values = k, v
-        layer.attention_output = out = self._attend(q, k, v, options)
-        out = add_terms(self.injections, self.place, q, out, options)
-        del layer.keys_values, layer.attention_output  # free them before the layers behind run
-        return out
+        call_state = get_call_state(options)
+        layer, previous = call_state.layer, self.previous
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """The attention; each chunk of rows attends to the blocks that the extensions give it."""
+        def run_previous() -> Tensor | None:
+            return None if previous is None else previous(q, k, v, options)
+
+        def act(out: Tensor | None) -> Tensor:
+            layer.keys_values = own_k, own_v = self._match_rows(q, k, options), self._match_rows(q, v, options)
+            layer.attention_output = attended = self._attend(q, own_k, own_v, out, options)
+            with_terms = add_terms(self.injections, self.place, q, attended, options)
+            del layer.keys_values, layer.attention_output  # free them before the layers behind run
+            return with_terms
+
+        is_on = call_state.is_any_on(self.injections, self.place)
+        out = layer.run_patch((self.place, self.injections), run_previous, act) if is_on else run_previous()
+        return self._run_backend(q, k, v, options) if out is None else out
+
+    def _match_rows(self, q: Tensor, keys: Tensor, options: dict[str, Any]) -> Tensor:
+        """Keys or values with the rows of the queries.
+
+        If a patch in front of a self-attention has split the queries into tiles, each tile gets a part of its row's
+        keys, as in ComfyUI's backends. Raises ValueError if the rows are not those of the model or tiles of them.
+        """
+        num_rows = get_call_state(options).call.num_rows
+        num_tiles = len(q) // num_rows
+        if self.place.name != "attn1" or keys.shape[1] % max(num_tiles, 1):
+            num_tiles = 1
+        check_token_order((len(q), q.shape[1]), (num_tiles * num_rows, q.shape[1]), options)
+        return keys.reshape(len(q), -1, keys.shape[-1]) if len(keys) != len(q) else keys
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """The attention; each chunk of rows attends to the blocks that the extensions give it.
+
+        `out` is the output of the previous patch.
+        """
         call_state, is_text = get_call_state(options), self.place.name == "attn2"
         extensions = [
             (injection, state)
@@ -127,11 +233,11 @@ class AttentionSlot:
             and (state := call_state.get_state(injection, self.place)) is not None
         ]
         if not extensions:
-            return self._run_backend(q, k, v, options) if self.previous is None else self.previous(q, k, v, options)
-        out = None if self.previous is None else self.previous(q, k, v, options)
+            return self._run_backend(q, k, v, options) if out is None else out
         chunks: list[Tensor] = []
+        rows_per_chunk = len(q) // len(call_state.call.roles)
         for c in range(len(call_state.call.roles)):
-            rows = slice(c * call_state.call.rows_per_chunk, (c + 1) * call_state.call.rows_per_chunk)
+            rows = slice(c * rows_per_chunk, (c + 1) * rows_per_chunk)
             chunk_extensions = [(injection, state[c]) for injection, state in extensions if state[c] is not None]
             if out is not None and not chunk_extensions:
                 chunks.append(out[rows])
@@ -175,24 +281,28 @@ class AttentionSlot:
             "put that node before Apply Identity, which keeps the patches that it finds"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionSlot:
-        return self  # immutable; the weights behind it are ComfyUI's to copy
-
 
 @dataclass(frozen=True, eq=False)
 class Attn1OutputPatch:
-    """A patch behind every self-attention: the terms of one injection at its ATTN1_OUTPUT places."""
+    """The patch behind every self-attention: the terms of the injections at their ATTN1_OUTPUT places."""
 
-    injection: Injection
+    injections: tuple[Injection, ...]
+
+    @cached_property
+    def _places(self) -> Mapping[tuple[tuple[str, int], int], PatchPlace]:
+        places = (place for injection in self.injections for place in injection.places)
+        return {(place.block, place.depth): place for place in places if place.name == ATTN1_OUTPUT}
 
     def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
-        block, depth = options["block"], options.get("block_index", 0)
-        place = next((p for p in self.injection.places if (p.block, p.depth) == (block, depth)), None)
-        if place is None:
+        place, call_state = self._places.get((options["block"], options.get("block_index", 0))), get_call_state(options)
+        if place is None or not call_state.is_any_on(self.injections, place):
             return n
-        layer = get_layer_tensors(options)
-        layer.projected_output = getattr(layer, "projected_output", n)
-        return add_terms((self.injection,), place, layer.self_attention_input, n, options)
+        layer = call_state.layer
+        attention_input, layer.projected_output = layer.self_attention_input, n
+        check_token_order(n.shape[:2], attention_input.shape[:2], options)
+        out = add_terms(self.injections, place, attention_input, n, options)
+        vars(layer).clear()
+        return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attn1OutputPatch:
         return self
@@ -202,7 +312,5 @@ def keep_attention_input(
     n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the input of a self-attention for the patches of its output."""
-    layer = get_layer_tensors(options)
-    vars(layer).clear()
-    layer.self_attention_input = n
+    get_layer_tensors(options).self_attention_input = n
     return n, context, value

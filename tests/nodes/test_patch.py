@@ -14,9 +14,9 @@ from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.nodes.attention import patch
 from comfyui_likeness.nodes.attention.injection import AttentionTerm, PatchPlace, RunCache
 from comfyui_likeness.nodes.attention.model_call import ModelCall
-from comfyui_likeness.nodes.attention.patch import AttentionSlot
 from comfyui_likeness.nodes.attention.prompt_batch import find_prompt_name
 from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON, SigmaWindow
+from comfyui_likeness.nodes.attention.slots import AttentionSlot
 from comfyui_likeness.nodes.attention.unet_layers import list_unet_layers
 from support.host_models import add_controlnet, all_close, make_conditioning, make_small_model, sample_latent
 from support.ip_adapters import apply_ip_adapter, make_ip_adapter, make_ip_adapter_identity
