@@ -128,6 +128,7 @@ def capture_attention_inputs(
                 raise _CaptureDone
         return n, context, value
 
+    unet = getattr(unet, "_orig_mod", unet)  # not compiled: the exception must leave it at once
     with contextlib.suppress(_CaptureDone):
         unet(x, timesteps, context=context, transformer_options={"patches": {patch_name: [capture]}}, **unet_kwargs)
     return inputs
@@ -255,12 +256,24 @@ class ModelWrappers:
         return [stack_streams(part) for part in out]
 
     def wrap_diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Decides which injections are on in this call and prepares their states, then runs the diffusion model."""
+        """Prepares the injections for this call, then runs the diffusion model."""
+        args, kwargs, rows_per_chunk = self._prepare_call(executor.class_obj, args, kwargs)
+        out = executor(*args, **kwargs)
+        return remove_shared_rows(out, rows_per_chunk) if self.text_stream == SHARED_TEXT_STREAM else out
+
+    @torch.compiler.disable  # what it decides changes from step to step
+    def _prepare_call(
+        self, diffusion_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+        """The arguments of the diffusion model with the state of the call, and the rows of a chunk.
+
+        Decides which injections are on in this call and prepares their states.
+        """
         options, args, kwargs = _copy_options(args, kwargs)
         batch = options.get(PROMPT_BATCH_OPTION, NO_PROMPTS)
         call = batch.describe_call(args[0], args[1], options, self.text_stream)
         options[LATENT_SIZE_OPTION], options[FULL_LATENT_SIZE_OPTION] = tuple(args[0].shape[-2:]), batch.latent_size
-        patch_size = getattr(executor.class_obj, "patch_size", None)  # FLUX's; it pads the latent to full patches
+        patch_size = getattr(diffusion_model, "patch_size", None)  # FLUX's; it pads the latent to full patches
         if patch_size is not None:
             options[TOKEN_GRID_OPTION] = tuple(-(-size // patch_size) for size in options[LATENT_SIZE_OPTION])
         active: dict[int, ActiveInjection] = {}
@@ -271,10 +284,9 @@ class ModelWrappers:
                 active[id(injection)] = ActiveInjection(states, gate if isinstance(gate, Tensor) else None)
         self.patch_installer.install(options)
         options[LIKENESS_KEY] = CallState(call, active, call.make_image_rows(), options.get("patches", {}))
-        if self.text_stream != SHARED_TEXT_STREAM:
-            return executor(*args, **kwargs)
-        args, kwargs = add_shared_rows((args, kwargs), args[0], call.rows_per_chunk, options)
-        return remove_shared_rows(executor(*args, **kwargs), call.rows_per_chunk)
+        if self.text_stream == SHARED_TEXT_STREAM:
+            args, kwargs = add_shared_rows((args, kwargs), args[0], call.rows_per_chunk, options)
+        return args, kwargs, call.rows_per_chunk
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelWrappers:
         return self

@@ -45,7 +45,8 @@ class ActiveInjection:
 class LayerTensors:
     """What the patches of a layer hand on to each other. An attribute exists from when it is set until it is deleted.
 
-    They are not put into the options of the layer: a compiled model expects the same keys there at every call.
+    They are not put into the options of the layer: a compiled model expects the same keys there at every call. (The
+    patches themselves are not compiled, as what they do changes from step to step.)
     """
 
     running_patch: Any  # the key of the outermost patch that runs (run_patch)
@@ -189,6 +190,7 @@ class AttentionSlot(OuterPatch):
     def previous(self) -> AttentionReplacement | None:
         return self.block_patch if self.replaced is None else self.replaced
 
+    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         call_state = get_call_state(options)
         layer, previous = call_state.layer, self.previous
@@ -293,6 +295,7 @@ class Attn1OutputPatch:
         places = (place for injection in self.injections for place in injection.places)
         return {(place.block, place.depth): place for place in places if place.name == ATTN1_OUTPUT}
 
+    @torch.compiler.disable
     def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
         place, call_state = self._places.get((options["block"], options.get("block_index", 0))), get_call_state(options)
         if place is None or not call_state.is_any_on(self.injections, place):
@@ -308,6 +311,7 @@ class Attn1OutputPatch:
         return self
 
 
+@torch.compiler.disable
 def keep_attention_input(
     n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
