@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .drawing.captions import CAPTION_WORDS, format_caption, list_looks, make_caption
 from .drawing.painter import PaintedImage, paint_scene
 from .drawing.people import SPLIT_REMAINDERS, Person, make_person
-from .drawing.scenes import CAPTION_WORDS, Figure, Scene, format_caption, make_scene, measure_pose_difference
+from .drawing.scenes import Figure, Scene, make_scene, measure_pose_difference
 
 __all__ = [
     "CAPTION_WORDS", "Figure", "PaintedImage", "Person", "Scene", "align_painted_face", "format_caption",
-    "make_contact_sheet", "make_person", "make_scene", "measure_pose_difference", "paint_scene",
+    "list_looks", "make_caption", "make_contact_sheet", "make_person", "make_scene", "measure_pose_difference",
+    "paint_scene",
 ]  # fmt: skip
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..training.data.clusters import AnnotatedImage
+from ..training.data.portable_random import PortableRandom
 from . import world
 from .drawing.people import SPLIT_REMAINDERS
-from .drawing.scenes import FRAMING_PHRASES
 
 MAX_IMAGES_PER_PERSON = 1 << 12
+NUM_DETAILED_CAPTIONS = 6
+CAPTION_SEED = 1 << 40  # beyond the numbers of all scenes
 PEOPLE_PER_SPLIT = 1 << 20
 
 
@@ -22,7 +25,7 @@ class WorldAlbum:
 
     Each has `images_per_person` images: alone, or next to someone else if `people_per_image` is 2. Any two poses of a
     person differ by at least `min_pose_distance` degrees (world.measure_pose_difference), as in MFHQ (2412.09694,
-    Sec. 3.4). With a `framing` (scenes.FRAMING_PHRASES), all images have that one.
+    Sec. 3.4).
     """
 
     split: str
@@ -31,14 +34,10 @@ class WorldAlbum:
     images_per_person: int = MAX_IMAGES_PER_PERSON
     people_per_image: int = 1
     min_pose_distance: float = 0.0
-    framing: str = ""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLIT_REMAINDERS or self.framing not in ("", *FRAMING_PHRASES):
-            raise ValueError(
-                f"got split {self.split!r} and framing {self.framing!r}; expected {' or '.join(SPLIT_REMAINDERS)}, and "
-                f"{' or '.join(FRAMING_PHRASES)}, or an empty framing for any"
-            )
+        if self.split not in SPLIT_REMAINDERS:
+            raise ValueError(f"got split {self.split!r}; expected {' or '.join(SPLIT_REMAINDERS)}")
 
     def __len__(self) -> int:
         return self.num_people
@@ -51,34 +50,41 @@ class WorldAlbum:
 
     def find_scene(self, identity: int, index: int) -> world.Scene:
         """The scene of a person's image. Raises ValueError if there are not enough poses that far apart."""
-        if not self.min_pose_distance and not self.framing:
-            return self._make_random_scene(identity, index)
+        return self._make_scene(self._find_scene_number(identity, index))
+
+    def _find_scene_number(self, identity: int, index: int) -> int:
+        splits = list(SPLIT_REMAINDERS)
+        start = identity * MAX_IMAGES_PER_PERSON * len(splits) + splits.index(self.split)
+        numbers = range(start, start + MAX_IMAGES_PER_PERSON * len(splits), len(splits))  # of this split alone
+        if not self.min_pose_distance:
+            return numbers[index]
         accepted: list[world.Scene] = []
-        for number in range(MAX_IMAGES_PER_PERSON):
-            scene = self._make_random_scene(identity, number)
-            if self.framing in ("", scene.framing) and all(
+        for number in numbers:
+            scene = self._make_scene(number)
+            if all(
                 world.measure_pose_difference(scene.figures[0], other.figures[0]) >= self.min_pose_distance
                 for other in accepted
             ):
                 accepted.append(scene)
             if len(accepted) > index:
-                return scene
+                return number
         raise ValueError(
             f"got min_pose_distance = {self.min_pose_distance} for {index + 1} images of {self.get_name(identity)}; "
             f"expected at most {len(accepted)} images, as no more poses are that far apart; lower one of them"
         )
 
-    def _make_random_scene(self, identity: int, number: int) -> world.Scene:
-        # The splits have different scenes.
-        splits = list(SPLIT_REMAINDERS)
-        scene_number = (identity * MAX_IMAGES_PER_PERSON + number) * len(splits) + splits.index(self.split)
-        return world.make_scene(scene_number, self.people_per_image)
+    def _make_scene(self, number: int) -> world.Scene:
+        return world.make_scene(number, self.people_per_image)
 
     def load_annotated_image(self, identity: int, index: int) -> AnnotatedImage:
-        scene = self.find_scene(identity, index)
+        number = self._find_scene_number(identity, index)
+        scene, rng = self._make_scene(number), PortableRandom(number + CAPTION_SEED)
         others = [world.make_person(PEOPLE_PER_SPLIT - 1 - identity, self.split)] * (self.people_per_image - 1)
-        painted = world.paint_scene([world.make_person(identity, self.split), *others], scene, self.resolution)
-        return annotate_painting(painted, world.format_caption(scene))
+        people = [world.make_person(identity, self.split), *others]
+        caption, *detailed = (
+            world.make_caption(scene, shown, rng) for shown in ([], *[people] * NUM_DETAILED_CAPTIONS)
+        )
+        return annotate_painting(world.paint_scene(people, scene, self.resolution), caption, detailed)
 
 
 def open_validation_album(
@@ -89,9 +95,9 @@ def open_validation_album(
     )
 
 
-def annotate_painting(painted: world.PaintedImage, caption: str) -> AnnotatedImage:
+def annotate_painting(painted: world.PaintedImage, caption: str, detailed: Sequence[str] = ()) -> AnnotatedImage:
     """A painted image with the annotations of its first person."""
     arrays = (painted.image, painted.key_points[0], painted.boxes[0], painted.face_masks[0])
     image, kps, box, mask = (torch.from_numpy(array) for array in arrays)
     faces = np.concatenate((painted.boxes.reshape(-1, 2, 2), painted.key_points), axis=1)
-    return AnnotatedImage(image, caption, kps, box, mask, torch.from_numpy(faces[1:]))
+    return AnnotatedImage(image, caption, kps, box, mask, torch.from_numpy(faces[1:]), tuple(detailed))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.data.clusters import AnnotatedImage
+from ..training.data.clusters import AnnotatedImage, crop_and_resize
 from . import world
 from .world_album import PEOPLE_PER_SPLIT, annotate_painting
 
@@ -27,13 +27,21 @@ class WorldSource:
     def load_caption(self, number: int) -> str:
         return world.format_caption(make_numbered_scene(number))
 
-    def load_image(self, number: int, resolution: int) -> Tensor:
-        return self.load_annotated_image(number, resolution).image
-
-    def load_annotated_image(self, number: int, resolution: int) -> AnnotatedImage:
+    def load_detailed_captions(self, number: int) -> list[str]:
         scene = make_numbered_scene(number)
-        people = [world.make_person(2 * number + place, self.split) for place in range(len(scene.figures))]
-        return annotate_painting(world.paint_scene(people, scene, resolution), world.format_caption(scene))
+        looks = [world.list_looks(person) for person in self._find_people(number, scene)]
+        return [world.format_caption(scene, looks)]
+
+    def load_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> Tensor:
+        return self.load_annotated_image(number, resolution, aspect_ratio).image
+
+    def load_annotated_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> AnnotatedImage:
+        scene = make_numbered_scene(number)
+        painted = world.paint_scene(self._find_people(number, scene), scene, resolution)
+        return crop_and_resize(annotate_painting(painted, world.format_caption(scene)), resolution, aspect_ratio)
+
+    def _find_people(self, number: int, scene: world.Scene) -> list[world.Person]:
+        return [world.make_person(2 * number + place, self.split) for place in range(len(scene.figures))]
 
     def load_aligned_face(self, person: int, number: int) -> Tensor:
         painted = world.paint_scene([world.make_person(person, self.split)], world.make_scene(number), FACE_IMAGE_SIZE)

@@ -17,6 +17,11 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*.pt"), default=None)
 
 
+def read_step_number(path: Path) -> int:
+    """The number of steps after which a checkpoint was written, from its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], keep_newest: int) -> Path:
     """Write a checkpoint atomically and delete all but the `keep_newest` newest."""
     folder.mkdir(parents=True, exist_ok=True)

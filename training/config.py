@@ -27,9 +27,9 @@ ConfigType = TypeVar("ConfigType")
 class RunConfig:
     """Settings of any run. `batch_size` and `num_workers` are per process.
 
-    The learning rate rises to `learning_rate` over `warmup_steps` and falls as a cosine to a hundredth of it. 0 `steps`
-    write the initial weights. `data` is a folder of WebDataset shards, or the path of a function that returns an
-    ImageSource (image_source.open_source).
+    The learning rate rises to `learning_rate` over `warmup_steps` and falls to a hundredth of it: as a cosine, or
+    linearly over the last `decay_share` of the steps if that is not 0. 0 `steps` write the initial weights. `data` is
+    a folder of WebDataset shards, or the path of a function that returns an ImageSource (image_source.open_source).
     """
 
     folder: str
@@ -37,6 +37,7 @@ class RunConfig:
     batch_size: PositiveInt
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 100
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999

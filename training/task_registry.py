@@ -47,11 +47,16 @@ def read_task_config(task_name: str, config_file: Path) -> tuple[RunConfig, Any]
     return run, parse_config_table(TASKS[task_name][0], tables["task"], "task")
 
 
-def train_task(task_name: str, config_file: Path, folder: str | None = None) -> Path:
-    """Train as a config file says, in `folder` if given. Returns the folder of the files that it writes."""
+def train_task(
+    task_name: str, config_file: Path, folder: str | None = None, on_step: Callable[[int], None] | None = None
+) -> Path:
+    """Train as a config file says, in `folder` if given. Returns the folder of the files that it writes.
+
+    `on_step` gets the number of finished steps, in place of a progress bar.
+    """
     run, task_config = read_task_config(task_name, config_file)
     run = run if folder is None else replace(run, folder=folder)
     task_type = TASKS[task_name][1]
     return trainer.run_training(
-        lambda: task_type(task_config, open_source(run.data), run.seed), run, asdict(task_config)
+        lambda: task_type(task_config, open_source(run.data), run.seed), run, asdict(task_config), on_step
     )

@@ -47,12 +47,15 @@ class StepDataset(Dataset[Batch]):
 
 
 def compute_learning_rate(run: RunConfig, step: int) -> float:
-    """The learning rate of a step, counted from 0: linear warmup, then a cosine."""
+    """The learning rate of a step, counted from 0: linear warmup, then a cosine or constant with a linear end."""
     if step < run.warmup_steps:
         return run.learning_rate * (step + 1) / run.warmup_steps
     progress = (step - run.warmup_steps) / max(1, run.steps - run.warmup_steps)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return run.learning_rate * (MIN_LEARNING_RATE_SCALE + (1 - MIN_LEARNING_RATE_SCALE) * cosine)
+    if run.decay_share:
+        share = min(1.0, (1 - progress) / run.decay_share)
+    else:
+        share = (1 + math.cos(math.pi * progress)) / 2
+    return run.learning_rate * (MIN_LEARNING_RATE_SCALE + (1 - MIN_LEARNING_RATE_SCALE) * share)
 
 
 def make_parameter_groups(
@@ -69,16 +72,22 @@ def make_parameter_groups(
     ]
 
 
-def run_training(make_task: Callable[[], Task], run: RunConfig, task_settings: Mapping[str, Any]) -> Path:
+def run_training(
+    make_task: Callable[[], Task],
+    run: RunConfig,
+    task_settings: Mapping[str, Any],
+    on_step: Callable[[int], None] | None = None,
+) -> Path:
     """Train until `run.steps` and write the task's files into `<folder>/model`, which is returned.
 
-    Raises ValueError if the folder holds a run of other settings, `task_settings` included.
+    `on_step` gets the number of finished steps, in place of a progress bar. Raises ValueError if the folder holds a run
+    of other settings, `task_settings` included.
     """
     # Without a device accelerate would not see the other processes of this machine.
     accelerator = Accelerator(mixed_precision=run.mixed_precision, cpu=not torch.accelerator.is_available())
     torch.manual_seed(run.seed)
     trainer = Trainer(accelerator, make_task(), run, task_settings)
-    trainer.run_steps(trainer.resume())
+    trainer.run_steps(trainer.resume(), on_step)
     model_folder = trainer.folder / "model"
     if accelerator.is_main_process:
         model_folder.mkdir(parents=True, exist_ok=True)
@@ -132,17 +141,19 @@ class Trainer:
         }  # fmt: skip
         checkpoint.write_checkpoint(self.folder, step, state, self.run.keep_checkpoints)
 
-    def run_steps(self, first_step: int) -> None:
+    def run_steps(self, first_step: int, on_step: Callable[[int], None] | None = None) -> None:
         """Train from `first_step` to the end, with logs, samples and checkpoints."""
         run, is_main = self.run, self.accelerator.is_main_process
         writer = SummaryWriter(str(self.folder / "log"), purge_step=first_step) if is_main else None
         dataset = StepDataset(self.task, run, self.accelerator.process_index)
         steps = range(first_step, run.steps)
         batches = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=run.num_workers)
-        bar = tqdm(batches, initial=first_step, total=run.steps, disable=not is_main)
+        bar = tqdm(batches, initial=first_step, total=run.steps, disable=not is_main or on_step is not None)
         for step, batch in enumerate(bar, first_step):
             losses = self.train_step(step, batch)
             done = step + 1
+            if on_step is not None:
+                on_step(done)
             if writer is not None and (done % run.log_every == 0 or done == run.steps):
                 values = {name: float(value.detach()) for name, value in losses.items()}
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})

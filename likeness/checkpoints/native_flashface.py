@@ -1,8 +1,8 @@
 """FlashFace (arXiv 2403.17008) in the native format: for any base model, or with a main UNet of its own.
 
 File: safetensors, under ComfyUI's names. `reference.<name>`, the complete reference UNet; `added.<path>.q`, `.k`, `.v`,
-`.o`, the added layers by the path of their transformer block; `main.<name>`, with 5 input channels, where the main UNet
-was trained too. Metadata under `likeness`: kind, version, base, heads, face_size, notes.
+`.o`, the added layers by the path of their transformer block; `main.<name>`, with an input channel more than latents
+have, where the main UNet was trained too. Metadata under `likeness`: kind, version, base, heads, face_size, notes.
 """
 
 from __future__ import annotations

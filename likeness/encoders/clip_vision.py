@@ -30,13 +30,15 @@ SIGLIP_IMAGE_SIZES = {(729, 14): 384}  # (positions, patch size) -> image size t
 EVA_ROPE_GRID = (16, 16)
 EVA_LEVEL_BLOCKS = (4, 8, 12, 16, 20)  # blocks whose inputs PuLID reads
 
-# Width of a published tower -> width of an attention head. 128 is Portrait World's tower.
+# Width of a published tower -> width of an attention head. 128 and 160 are Portrait World's towers.
 HEAD_DIMS = {
-    128: 32, 192: 64, 384: 64, 512: 64, 768: 64, 896: 64, 1024: 64, 1152: 72, 1280: 80, 1408: 88, 1664: 104, 1792: 112,
+    128: 32, 160: 32, 192: 64, 384: 64, 512: 64, 768: 64, 896: 64, 1024: 64, 1152: 72, 1280: 80, 1408: 88, 1664: 104,
+    1792: 112,
 }  # fmt: skip
 
 QUICK_GELU_NAMES = ("openai", "quickgelu", "dfn", "metaclip")
 
+PORTRAIT_WORLD_LAYERS = {"photo": ("projected",), "head": ("penultimate",), "face224": ("last",)}
 # Architecture -> crop -> layers that the pack's adapters read.
 LAYERS_BY_ARCHITECTURE: dict[str, dict[str, tuple[str, ...]]] = {
     "vit-h-14": {
@@ -49,7 +51,8 @@ LAYERS_BY_ARCHITECTURE: dict[str, dict[str, tuple[str, ...]]] = {
     "vit-l-14": {"photo": ("projected", "penultimate"), "black": ("projected",)},
     "vit-l-14-336": {"photo": ("penultimate",), "face336": ("penultimate",)},
     "eva02-l-14-336": {"ffhq512": ("projected", "levels")},
-    "vit-128-4-16-128": {"photo": ("projected",), "head": ("penultimate",), "face224": ("last",)},  # Portrait World
+    "vit-128-4-16-128": PORTRAIT_WORLD_LAYERS,
+    "vit-160-5-16-128": PORTRAIT_WORLD_LAYERS,
 }
 # For architectures not in the table above.
 DEFAULT_LAYERS_BY_FAMILY: dict[str, dict[str, tuple[str, ...]]] = {

@@ -18,7 +18,7 @@ from ...likeness.attention.grouped_attention import KeyValueBlock
 from ...likeness.methods import fused_kv
 from ...likeness.spec import FusedKVSpec, Identity, People
 from .. import types
-from .face_stream import LATENT_CHANNELS, FaceStreamInjection, encode_images_with_vae, get_weights_key, hash_tensor
+from .face_stream import FaceStreamInjection, encode_images_with_vae, get_weights_key, hash_tensor
 from .injection import KeyValueBlocks, KeyValueExtension, PatchPlace, RunCache
 from .layer_masks import get_visible_queries
 from .model_call import ModelCall
@@ -31,7 +31,7 @@ FACE_NOISE_SEED = 0  # of the noise on the faces; the sampling seed must not cha
 
 @dataclass(frozen=True, eq=False)
 class FaceLatents:
-    """One person's faces as latents [n, 4, h, w], the weight of each face's keys, and the region [B, H, W] or None."""
+    """One person's faces as latents [n, c, h, w], the weight of each face's keys, and the region [B, H, W] or None."""
 
     latents: Tensor
     key_weights: Sequence[float]
@@ -153,11 +153,11 @@ def match_fused_kv_layers(spec: FusedKVSpec, model: ModelPatcher) -> dict[PatchP
             f"expected one for this model, which has {len(layers)} up to {model_width} wide; load an adapter for this "
             f"base model, or the {spec.base} model that it was trained on"
         )
-    channels = model.model.diffusion_model.in_channels
-    if channels != LATENT_CHANNELS:
+    channels, latent_channels = model.model.diffusion_model.in_channels, model.model.latent_format.latent_channels
+    if channels != latent_channels:
         raise ValueError(
             f"got a model with {channels} input channels, whose UNet cannot read the latent of a face; expected "
-            f"{LATENT_CHANNELS}; use an ordinary checkpoint; for inpainting, set a noise mask on the latent"
+            f"{latent_channels}; use an ordinary checkpoint; for inpainting, set a noise mask on the latent"
         )
     return {PatchPlace("attn2", layer.block, layer.depth, layer.is_multi_block): layer.module_path for layer in layers}
 

@@ -18,11 +18,9 @@ from ...likeness.attention.feature_cache import CachedTensors, ReferenceFeatureC
 from .injection import Injection, PatchPlace
 from .model_call import ModelCall
 
-LATENT_CHANNELS = 4
-
 
 class EncodedFaces(Protocol):
-    """One person's faces as latents [n, 4, h, w], and a digest of them."""
+    """One person's faces as latents [n, c, h, w], and a digest of them."""
 
     @property
     def latents(self) -> Tensor: ...
@@ -99,17 +97,17 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def encode_images_with_vae(model: ModelPatcher, vae: Any, images: Tensor) -> Tensor:
-    """Images [n, H, W, 3] in 0..1 as latents of the model [n, 4, H / 8, W / 8], float32 on the CPU.
+    """Images [n, H, W, 3] in 0..1 as latents of the model [n, c, H / 8, W / 8], float32 on the CPU.
 
     Raises ValueError if the VAE makes other latents.
     """
-    latents = model.model.process_latent_in(vae.encode(images)).float().cpu()
-    if latents.ndim != 4 or latents.shape[1] != LATENT_CHANNELS:
+    latents, channels = vae.encode(images), model.model.latent_format.latent_channels
+    if latents.ndim != 4 or latents.shape[1] != channels:
         raise ValueError(
-            f"got a VAE whose latents of {len(images)} faces are {list(latents.shape)}; expected {LATENT_CHANNELS} "
+            f"got a VAE whose latents of {len(images)} faces are {list(latents.shape)}; expected {channels} "
             "channels; connect the VAE of the model's checkpoint"
         )
-    return latents
+    return model.model.process_latent_in(latents).float().cpu()
 
 
 def get_weights_key(model: ModelPatcher) -> Hashable:

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from . import files, model_management, native_models
+from . import files, model_management, native_models, native_vae
 
 DEMO_FOLDER = "demo"
 DEMO_MODEL_FILES = ("unet.safetensors", "text.safetensors", "vae.safetensors", "vision.safetensors")
@@ -26,7 +26,7 @@ def load_demo_models() -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE, ClipV
     return (
         model_management.make_model_patcher(native_models.load_unet(unet)),
         native_models.load_clip(text_encoder),
-        comfy.sd.VAE(sd=native_models.load_vae(vae).state_dict()),
+        native_vae.wrap_vae(native_models.load_vae(vae)),
         native_models.load_clip_vision(clip_vision),
     )
 

@@ -24,7 +24,7 @@ from ...likeness.methods import flashface
 from ...likeness.spec import FlashFaceSpec
 from .. import types
 from ..attention.flashface.added_layers import attach_added_layers
-from . import files, model_management
+from . import files, model_management, native_models
 
 FLASHFACE_FOLDER = "likeness"
 BYTES_PER_MIB = 1 << 20
@@ -44,17 +44,17 @@ def _make_empty_position(_model: comfy.model_base.BaseModel, kwargs: ConcatKwarg
 
 
 def _make_inpainting_channels(model: comfy.model_base.BaseModel, kwargs: ConcatKwargs) -> Tensor:
-    """The latent without the face region, and the face position [B, 4 + 1, h, w] (Sec. 3.2)."""
+    """The latent without the face region, and the face position [B, c + 1, h, w] (Sec. 3.2)."""
     channels = comfy.model_base.BaseModel.concat_cond(model, **kwargs)
     assert channels is not None
-    latent, mask = channels[:, :4], channels[:, 4:]
+    latent, mask = channels[:, :-1], channels[:, -1:]
     return torch.cat((latent * (1 - mask), mask), 1)
 
 
-# Number of input channels -> what the UNet reads in addition to the noisy latent.
-EXTRA_CHANNELS: dict[int, Callable[[comfy.model_base.BaseModel, ConcatKwargs], Tensor]] = {
-    5: _make_empty_position,
-    9: _make_inpainting_channels,
+# Number of latents that the UNet reads -> its inputs besides the noisy latent, of which one is the face position.
+EXTRA_CHANNELS: Mapping[int, Callable[[comfy.model_base.BaseModel, ConcatKwargs], Tensor]] = {
+    1: _make_empty_position,
+    2: _make_inpainting_channels,
 }
 
 
@@ -73,6 +73,7 @@ def build_sd15_model(tensors: Mapping[str, Tensor], num_heads: int = FlashFaceSp
     """A MODEL with these weights, named as ComfyUI names them, in their dtype."""
     config = comfy.supported_models.SD15(comfy.model_detection.detect_unet_config(dict(tensors), "") or {})
     config.unet_config["num_heads"] = num_heads  # cannot be detected from shapes
+    native_models.set_latent_format(config)
     device, dtype = comfy.model_management.get_torch_device(), next(iter(tensors.values())).dtype
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, cast)
@@ -136,11 +137,13 @@ def build_main_model(weights: flashface.FlashFaceWeights, spec: FlashFaceSpec) -
 def add_face_position_channels(model: ModelPatcher) -> ModelPatcher:
     """Feed the face position to the UNet's extra input channels. Raises ValueError if their number is unknown."""
     channels = model.model.model_config.unet_config["in_channels"]
-    if channels not in EXTRA_CHANNELS:
-        raise ValueError(f"got a UNet of {channels} input channels; expected {' or '.join(map(str, EXTRA_CHANNELS))}")
+    latent_channels = model.model.latent_format.latent_channels
+    choices = {latents * latent_channels + 1: make_channels for latents, make_channels in EXTRA_CHANNELS.items()}
+    if channels not in choices:
+        raise ValueError(f"got a UNet of {channels} input channels; expected {' or '.join(map(str, choices))}")
     model.model.set_inpaint()
-    model.model.concat_keys = ("masked_image", "mask")  # the paper's order; only read with 9 channels
-    model.add_object_patch("concat_cond", FlashFaceConcatCond(model.model, EXTRA_CHANNELS[channels]))
+    model.model.concat_keys = ("masked_image", "mask")  # the paper's order; only read for inpainting
+    model.add_object_patch("concat_cond", FlashFaceConcatCond(model.model, choices[channels]))
     return model
 
 

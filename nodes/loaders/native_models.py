@@ -15,18 +15,33 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.clip_vision import ClipVisionModel
+from comfy.latent_formats import LatentFormat
 from comfy.model_base import BaseModel, ModelType
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
-from comfy.taesd.taesd import TAESD
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...likeness.checkpoints import key_maps
 from ...likeness.encoders import token_embedding
+from . import native_vae
 
 UNET_PREFIX = "model.diffusion_model."  # of UNet tensors, as in checkpoints
 # What a UNet predicts: epsilon or v (Salimans & Ho 2202.00512, App. D).
 PREDICTION_TYPES: Mapping[str, ModelType] = {"noise": ModelType.EPS, "velocity": ModelType.V_PREDICTION}
+
+
+class UnitLatents(LatentFormat):
+    """Latents of unit variance (native_vae), which the UNet takes as they are."""
+
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = channels
+
+
+def set_latent_format(config: Any) -> None:
+    """Let a config's latents have as many channels as its UNet's output; the input may have more, such as a mask."""
+    channels = config.unet_config.get("out_channels", config.latent_format.latent_channels)
+    if channels != config.latent_format.latent_channels:
+        config.latent_format = UnitLatents(channels)
 
 
 @contextmanager
@@ -51,6 +66,7 @@ def build_base_model(unet_config: Mapping[str, Any], prediction: str = "noise") 
     unet_config = copy.deepcopy(dict(unet_config))  # the host's modules pop from its lists
     supported = comfy.supported_models.SD15(unet_config)
     supported.unet_config |= {"num_heads": unet_config["num_heads"]}
+    set_latent_format(supported)
     supported.set_inference_dtype(torch.float32, None)
     return BaseModel(supported, PREDICTION_TYPES[prediction], torch.get_default_device())
 
@@ -101,11 +117,13 @@ def load_clip(file: Path) -> comfy.sd.CLIP:
     return clip
 
 
-def load_vae(file: Path) -> TAESD:
+def load_vae(file: Path) -> nn.Module:
     """A trained VAE as a plain module. Raises ValueError if the file is not one."""
-    vae = TAESD()
     with report_file_errors(file, "a VAE"):
-        vae.load_state_dict({key: value.float() for key, value in read_trained_model(file)[1].items()})
+        settings, tensors = read_trained_model(file)
+        vae = native_vae.build_vae(settings)
+        vae.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
+        check_tensor_names(vae, tensors)
     return vae.eval().requires_grad_(False)
 
 

@@ -56,7 +56,8 @@ def make_ellipse(x: float, y: float, half_width: float, half_height: float, num_
 
 @dataclass(frozen=True)
 class Medium:
-    """How shapes are drawn: the paper, the share of their colour over it, and the outline in 1/128 of the image."""
+    """How shapes are drawn: the paper, the share of their colour over it, and the outline in 1/128 of the image's
+    height."""
 
     paper: Colour = (255, 255, 255)
     colour_strength: float = 1.0
@@ -65,13 +66,16 @@ class Medium:
 
 
 class Canvas:
-    """An image in progress. Coordinates are in canvas pixels, line widths in 1/128 of the image."""
+    """An image in progress. Coordinates are in canvas pixels, line widths in 1/128 of the image's height.
 
-    def __init__(self, image_size: int, medium: Medium) -> None:
-        self.image_size, self.medium = image_size, medium
+    `canvas_size` is the height; `width` is that of the image relative to its height.
+    """
+
+    def __init__(self, image_size: int, medium: Medium, width: float = 1.0) -> None:
+        self.medium = medium
         self.canvas_size = image_size * SUPERSAMPLING
-        self.image = Image.new("RGB", (self.canvas_size, self.canvas_size), medium.paper)
-        self.labels = Image.new("L", (self.canvas_size, self.canvas_size), 0)
+        size = round(image_size * width) * SUPERSAMPLING, self.canvas_size
+        self.image, self.labels = Image.new("RGB", size, medium.paper), Image.new("L", size, 0)
         self._draw, self._label = ImageDraw.Draw(self.image, "RGBA"), ImageDraw.Draw(self.labels)
 
     def draw_shape(self, points: Points, colour: Colour, label: int | None = None, outline_scale: float = 1.0) -> None:

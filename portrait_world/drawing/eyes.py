@@ -68,7 +68,7 @@ def draw_eye(surface: HeadSurface, layout: FaceLayout, side: int) -> None:
     opening = np.concatenate((upper, lower[::-1]))
     surface.draw_shade(opening + (0, -0.018), mix_colours(SKIN_COLOURS[person.skin], (90, 24, 20), 0.35), 0.45)
     surface.draw_shape(opening, EYEBALL_COLOUR, outline_scale=0.4)
-    middle, iris = side * layout.eye_offset + 0.035 * surface.head.figure.gaze, IRIS_COLOURS[person.eye_colour]
+    middle, iris = side * layout.eye_offset, IRIS_COLOURS[person.eye_colour]
     for size, colour in ((1.0, mix_colours(iris, BLACK, 0.35)), (IRIS_INNER_SHARE, iris), (0.42, PUPIL_COLOUR)):
         disc = make_ellipse(
             middle, -0.008, IRIS_RADIUS * layout.eye_scale * size, IRIS_RADIUS * layout.eye_scale * size

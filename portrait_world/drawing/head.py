@@ -100,27 +100,27 @@ class Head:
 
 
 def place_head(person: Person, figure: Figure, image_size: int) -> Head:
-    """The head of a person in an image of this size."""
+    """The head of a person in an image of this height."""
     canvas_size = image_size * SUPERSAMPLING
     x, y, unit = (value * canvas_size for value in (figure.x, figure.y, figure.head_size))
     return Head(person, figure, x, y, unit)
 
 
-def compute_head_normals(head: Head, image_size: int) -> NDArray[np.floating]:
+def compute_head_normals(head: Head, shape: tuple[int, int]) -> NDArray[np.floating]:
     """Surface normals of an ellipsoid in place of the head, [3, H, W]: right, down, towards the viewer."""
     nose = 0.15 * math.sin(head.figure.yaw) * head.unit  # the point that faces the viewer moves with the turn
-    return _normals_of_ellipse(head.x + nose, head.y, head.unit * 1.05, head.unit * 1.3, image_size)
+    return _normals_of_ellipse(head.x + nose, head.y, head.unit * 1.05, head.unit * 1.3, shape)
 
 
-def compute_body_normals(head: Head, image_size: int) -> NDArray[np.floating]:
+def compute_body_normals(head: Head, shape: tuple[int, int]) -> NDArray[np.floating]:
     """Surface normals of an ellipsoid in place of the body."""
-    return _normals_of_ellipse(head.x, head.y + 2.6 * head.unit, head.unit * 1.9, head.unit * 3.2, image_size)
+    return _normals_of_ellipse(head.x, head.y + 2.6 * head.unit, head.unit * 1.9, head.unit * 3.2, shape)
 
 
 def _normals_of_ellipse(
-    x: float, y: float, half_width: float, half_height: float, image_size: int
+    x: float, y: float, half_width: float, half_height: float, shape: tuple[int, int]
 ) -> NDArray[np.floating]:
-    centers = (np.arange(image_size) + 0.5) * SUPERSAMPLING
-    across = np.clip((centers - x) / half_width, -0.85, 0.85)[None, :].repeat(image_size, 0)
-    down = np.clip((centers - y) / half_height, -0.85, 0.85)[:, None].repeat(image_size, 1)
+    rows, columns = ((np.arange(length) + 0.5) * SUPERSAMPLING for length in shape)
+    across = np.clip((columns - x) / half_width, -0.85, 0.85)[None, :].repeat(shape[0], 0)
+    down = np.clip((rows - y) / half_height, -0.85, 0.85)[:, None].repeat(shape[1], 1)
     return np.stack((across, down, np.sqrt(np.maximum(1 - across**2 - down**2, 0.1))))

@@ -33,14 +33,14 @@ class PaintedImage:
 
 
 def paint_scene(people: Sequence[Person], scene: Scene, image_size: int = 128) -> PaintedImage:
-    """Paint a square image. Raises ValueError unless the scene has a figure for each person."""
+    """Paint an image of this height. Raises ValueError unless the scene has a figure for each person."""
     if len(people) != len(scene.figures):
         raise ValueError(
             f"got {len(people)} people for a scene of {len(scene.figures)}; expected one person per figure"
         )
     style = DRAWING_STYLES[scene.style]
-    canvas = Canvas(image_size, style.medium)
-    places.draw_place(canvas, scene.place, scene.seed)
+    canvas = Canvas(image_size, style.medium, scene.image_width)
+    places.draw_place(canvas, scene.place, scene.mirrored)
     if style.background_blur:
         small = canvas.image.reduce(SUPERSAMPLING).filter(
             ImageFilter.GaussianBlur(style.background_blur * image_size / 128)
@@ -51,7 +51,7 @@ def paint_scene(people: Sequence[Person], scene: Scene, image_size: int = 128) -
         _draw_person(canvas, head, number)
     labels = np.asarray(canvas.labels)[SUPERSAMPLING // 2 :: SUPERSAMPLING, SUPERSAMPLING // 2 :: SUPERSAMPLING]
     drawn = np.asarray(canvas.image.reduce(SUPERSAMPLING), dtype=np.float32) / 255
-    finished = style.render(drawn, Drawing(scene, heads, labels, scene.seed))
+    finished = style.render(drawn, Drawing(scene, heads, labels))
     kps = np.stack([compute_key_points(head) for head in heads])
     boxes = np.stack([_face_box(head) for head in heads])
     numbers = 2 * np.arange(len(heads))[:, None, None] + 1

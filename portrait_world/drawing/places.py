@@ -1,13 +1,25 @@
-"""The backgrounds of Portrait World, with random variation per scene; lengths relative to the image size."""
+"""The backgrounds of Portrait World: one fixed set per place; lengths relative to the image's height."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from PIL import Image
 
 from ...training.data.portable_random import PortableRandom
-from .canvas import BLACK, WHITE, Canvas, Colour, PointsLike, make_ellipse, mix_colours, smooth_line, smooth_outline
+from .canvas import (
+    BLACK,
+    SUPERSAMPLING,
+    WHITE,
+    Canvas,
+    Colour,
+    PointsLike,
+    make_ellipse,
+    mix_colours,
+    smooth_line,
+    smooth_outline,
+)
 
 PLAIN_COLOURS: tuple[Colour, ...] = (
     (222, 206, 188), (186, 204, 214), (206, 214, 190), (226, 190, 182), (196, 190, 214), (236, 222, 172),
@@ -187,12 +199,21 @@ def _night(b: Backdrop) -> None:
     b.draw_ridge(0.86, 0.04, (22, 24, 48))
 
 
+# Of the sets; chosen for sets that leave room for a head in the middle.
+PLACE_SEEDS: Mapping[str, int] = {
+    "plain": 100, "forest": 101, "city": 102, "beach": 103, "snow": 104, "room": 105, "mountains": 106, "meadow": 107,
+    "desert": 108, "night": 109,
+}  # fmt: skip
 PLACE_PAINTERS: Mapping[str, Callable[[Backdrop], None]] = {
     "plain": _plain, "forest": _forest, "city": _city, "beach": _beach, "snow": _snow, "room": _room,
     "mountains": _mountains, "meadow": _meadow, "desert": _desert, "night": _night,
 }  # fmt: skip
 
 
-def draw_place(canvas: Canvas, place: str, seed: int) -> None:
-    """Fill the canvas with a place; the seed determines its details."""
-    PLACE_PAINTERS[place](Backdrop(canvas, PortableRandom(seed)))
+def draw_place(canvas: Canvas, place: str, mirrored: bool) -> None:
+    """Fill the canvas with a place. It is one fixed square set, continued by its reflections in wider images."""
+    set_canvas = Canvas(canvas.canvas_size // SUPERSAMPLING, canvas.medium)
+    PLACE_PAINTERS[place](Backdrop(set_canvas, PortableRandom(PLACE_SEEDS[place])))
+    drawn = np.asarray(set_canvas.image)[:, :: -1 if mirrored else 1]
+    left, odd = divmod(canvas.image.width - canvas.canvas_size, 2)
+    canvas.image.paste(Image.fromarray(np.pad(drawn, ((0, 0), (left, left + odd), (0, 0)), mode="symmetric")))

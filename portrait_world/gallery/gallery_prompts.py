@@ -24,11 +24,11 @@ from .gallery_methods import (
 DEMO_PEOPLE = ("Bo", "Finn", "Kim")
 FIRST_PERSON, _, LAST_PERSON = DEMO_PEOPLE
 SINGLE_PROMPTS = (
-    "a photo of a smiling person in a forest, close up",
-    "a watercolour of a person at a beach, close up",
-    "a bronze of a person in a city, close up",
-    "line art of a laughing person in a room, close up",
-    "a pencil drawing of a surprised person in the mountains, close up",
+    "a photo of a smiling person in a forest",
+    "a watercolour of a person at a beach",
+    "a bronze of a person in a city",
+    "line art of a laughing person in a room",
+    "a pencil drawing of a surprised person in the mountains",
 )
 PAIR_PROMPTS = (
     "a photo of two smiling people in a meadow",
@@ -40,6 +40,7 @@ PAIR_PROMPTS = (
 MIX_PERCENTAGES = (0, 25, 50, 75, 100)  # share of the last person
 PHOTOS_PER_PERSON = 4
 IMAGE_SIZE = 128  # pixels, the resolution of the models
+PAIR_WIDTH = 192  # of images of two people
 SAMPLER_INPUTS = {"steps": 8, "cfg": 4.0, "sampler_name": "euler", "scheduler": "karras", "denoise": 1.0, "seed": 11}
 SAVED_IDENTITY = "gallery"  # file name
 IMAGES_NODE, REPORT_NODE = "images", "report"  # save the images, show the report of Measure Likeness
@@ -94,7 +95,7 @@ def make_save_node(images: Link) -> ApiPrompt:
 
 
 def make_sampling_prompt(
-    method_nodes: ApiPrompt, texts: Sequence[str], reference_identity: Link | None = None
+    method_nodes: ApiPrompt, texts: Sequence[str], reference_identity: Link | None = None, width: int = IMAGE_SIZE
 ) -> ApiPrompt:
     """An image for each text, sampled with the method's nodes, or with the base model if there are none.
 
@@ -109,7 +110,7 @@ def make_sampling_prompt(
     nodes |= {name: make_node(encode["class_type"], **encode["inputs"], text=text) for name, text in prompts.items()}
     nodes |= {
         "texts": make_node("GalleryBatch", **{name: [name, 0] for name in prompts}),
-        "empty": make_node("EmptyLatentImage", width=IMAGE_SIZE, height=IMAGE_SIZE, batch_size=len(texts)),
+        "empty": make_node("EmptyLatentImage", width=width, height=IMAGE_SIZE, batch_size=len(texts)),
         "latents": make_node("KSampler", positive=["texts", 0], negative=["negative", 0], **inputs, **SAMPLER_INPUTS),
         "pixels": make_node("VAEDecode", samples=["latents", 0], vae=VAE_LINK),
         IMAGES_NODE: make_save_node(["pixels", 0]),
@@ -152,9 +153,9 @@ def _method_section(method: GalleryMethod) -> GallerySection:
 
 def _two_people_section() -> GallerySection:
     """The first person on the left, the last on the right, separated by masks."""
-    half, people = IMAGE_SIZE // 2, [FIRST_PERSON, LAST_PERSON]
+    half, people = PAIR_WIDTH // 2, [FIRST_PERSON, LAST_PERSON]
     nodes: ApiPrompt = {
-        "empty_mask": make_node("SolidMask", value=0.0, width=IMAGE_SIZE, height=IMAGE_SIZE),
+        "empty_mask": make_node("SolidMask", value=0.0, width=PAIR_WIDTH, height=IMAGE_SIZE),
         "half_mask": make_node("SolidMask", value=1.0, width=half, height=IMAGE_SIZE),
     }
     previous: ApiPrompt = {}
@@ -165,10 +166,10 @@ def _two_people_section() -> GallerySection:
         nodes[person] = make_node("LikenessPerson", **inputs, **previous)
         previous = {"people": [person, 0]}
     rows = [
-        GalleryRow("base model", make_sampling_prompt({}, PAIR_PROMPTS)),
+        GalleryRow("base model", make_sampling_prompt({}, PAIR_PROMPTS, width=PAIR_WIDTH)),
         GalleryRow(
             f"{FIRST_PERSON} left, {LAST_PERSON} right",
-            make_sampling_prompt(nodes | FUSED.apply_to([LAST_PERSON, 0]), PAIR_PROMPTS),
+            make_sampling_prompt(nodes | FUSED.apply_to([LAST_PERSON, 0]), PAIR_PROMPTS, width=PAIR_WIDTH),
         ),
     ]
     text = "With fused KV: one prompt, and for each person a mask over one half of the image."

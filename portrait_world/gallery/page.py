@@ -30,7 +30,7 @@ thead td { width: 120px; padding: 0; }
 td { padding: 0; vertical-align: top; }
 tbody th { vertical-align: middle; color: var(--ink); font-size: 16px; }
 figure { margin: 0; }
-img { display: block; width: 186px; aspect-ratio: 1; border-radius: 8px; background: var(--line); }
+img { display: block; width: 186px; aspect-ratio: auto 1; border-radius: 8px; background: var(--line); }
 th img { width: 96px; margin-bottom: 6px; }
 figcaption { color: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums; }
 .note { font-weight: 600; }

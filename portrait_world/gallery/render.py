@@ -53,7 +53,9 @@ def start_gallery_server(comfyui: host.Host, base_directory: Path) -> Iterator[S
     (base_directory / "custom_nodes").mkdir(exist_ok=True)
     shutil.copyfile(BATCH_NODE_FILE, base_directory / "custom_nodes" / BATCH_NODE_FILE.name)
     # Without metadata, equal images are equal files. The models are small enough for the CPU.
-    with start_server(comfyui, base_directory, options=["--disable-metadata"]) as server:
+    with start_server(
+        comfyui, base_directory, options=["--disable-metadata", "--use-pytorch-cross-attention"]
+    ) as server:
         yield server
 
 

@@ -36,7 +36,7 @@ EVAL_RECOGNIZER_FILE = "demo/judge.onnx"  # in weights/
 MAX_CACHED_LATENTS = 32  # image batches whose latents are cached
 REFERENCE_CACHE_MIB = 1024  # size limit of the reference feature cache
 DENOISER_KEYS = ("ori_encoder.0.weight", "encoder.0.weight")  # in a FlashFace file that holds the denoising UNet
-LATENT_SIZE = 16  # height and width of the latents
+LATENT_HEIGHT = 16
 
 
 class CachedVAE:
@@ -109,9 +109,10 @@ class DemoStack:
         """Token states of prompts, [p, 77, width]."""
         return torch.cat([self.encode_prompt(text)[0] for text in texts])
 
-    def sample_images(self, model: ModelPatcher, embeddings: Tensor, seed: int) -> Tensor:
-        """An image for each prompt, [p, H, W, 3], by ComfyUI's sampler; the noise depends on the seed alone."""
-        latent = torch.zeros(len(embeddings), 4, LATENT_SIZE, LATENT_SIZE)
+    def sample_images(self, model: ModelPatcher, embeddings: Tensor, seed: int, aspect_ratio: float = 1.0) -> Tensor:
+        """An image for each prompt, [p, H, W, 3], by ComfyUI's sampler; the noise depends on the seed and the size."""
+        channels = model.model.latent_format.latent_channels
+        latent = torch.zeros(len(embeddings), channels, LATENT_HEIGHT, round(LATENT_HEIGHT * aspect_ratio))
         samples = comfy.sample.sample(
             model, comfy.sample.prepare_noise(latent, seed), positive=[[embeddings, {}]],
             negative=[[self.encode_prompt("")[0], {}]], latent_image=latent, disable_pbar=True, seed=seed,

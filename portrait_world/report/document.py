@@ -93,8 +93,8 @@ def save_image_strips(folder: Path, images: Mapping[str, Mapping[Any, Tensor]], 
     """Save a JPEG for each row: one line per person, the first photo followed by the generated images."""
     folder.mkdir(parents=True, exist_ok=True)
     for key, people in images.items():
-        lines = [torch.cat([photos[number][:1], people[number]]) for number in sorted(people)]
-        sheet = torch.cat([torch.cat(list(line), dim=1) for line in lines])
+        lines = [torch.cat([photos[number][0], *people[number]], dim=1) for number in sorted(people)]
+        sheet = torch.cat(lines)
         Image.fromarray(sheet.numpy()).save(folder / f"{key}.jpg", quality=JPEG_QUALITY)
 
 

@@ -22,6 +22,7 @@ from ...nodes.attention.flashface.apply_reference import ApplyReference
 from ...nodes.people import MakePerson
 from ...nodes.prompt import PromptWithIdentity
 from .. import world
+from ..drawing.scenes import IMAGE_WIDTHS
 from .demo_stack import DemoStack
 from .eval_subjects import EvalSubject
 from .prompts import EVAL_SPLIT, PAIR_PROMPTS, iterate_scenes
@@ -46,17 +47,27 @@ class ImageRequest:
     prompt_indices: Sequence[int]
 
     @property
+    def aspect_ratio(self) -> float:
+        """The width of the images relative to their height."""
+        return IMAGE_WIDTHS[len(self.subjects)]
+
+    @property
     def identity_or_people(self) -> IdentityOrPeople:
         """One identity, or two people with a mask over one half of the image each."""
         identities = [subject.encode_identity(self.num_photos) for subject in self.subjects]
         if len(identities) == 1:
             return identities[0]
         people: People | None = None
-        size = self.subjects[0].photos.shape[1]
-        for identity, mask in zip(identities, torch.eye(2).repeat_interleave(size // 2, 1), strict=True):
-            people = MakePerson.execute(identity, 1.0, mask.expand(1, size, size), people).args[0]
+        height = self.subjects[0].photos.shape[1]
+        width = round(height * self.aspect_ratio)
+        for identity, mask in zip(identities, torch.eye(2).repeat_interleave(width // 2, 1), strict=True):
+            people = MakePerson.execute(identity, 1.0, mask.expand(1, height, width), people).args[0]
         assert people is not None
         return people
+
+    def sample_images(self, model: ModelPatcher, embeddings: Tensor) -> Tensor:
+        """An image for each prompt; requests of the same first person have the same noise."""
+        return self.stack.sample_images(model, embeddings, self.subjects[0].number, self.aspect_ratio)
 
 
 MakeImages = Callable[[ImageRequest], Tensor]  # -> images [p, H, W, 3]
@@ -67,7 +78,7 @@ def sample_with_patch(patch_model: PatchModel | None, request: ImageRequest) -> 
     """Sample with the patched model; with the unpatched one if `patch_model` is None."""
     model = request.stack.model if patch_model is None else patch_model(request)
     embeddings = request.stack.encode_prompts(request.prompt_texts)
-    return request.stack.sample_images(model, embeddings, request.subjects[0].number)
+    return request.sample_images(model, embeddings)
 
 
 def _full_schedule(**inputs: Any) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def make_adaface_method(file: str, arc2face_file: str) -> MakeImages:
             for text in request.prompt_texts
         ]
         embeddings = torch.cat([states for ((states, _),) in encoded])
-        return stack.sample_images(stack.model, embeddings, request.subjects[0].number)
+        return request.sample_images(stack.model, embeddings)
 
     return make_images
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_likeness.portrait_world import world
+from comfyui_likeness.portrait_world.drawing import scenes
 from comfyui_likeness.portrait_world.gallery import gallery_methods, gallery_prompts, page, render
 from comfyui_likeness.tools import browser, demo, host, screenshot
 from comfyui_likeness.tools.server import Server
@@ -161,6 +162,14 @@ def test_rows_have_the_same_noise_and_prompts():
             assert list_texts(prompt) == list_texts(base) == list(gallery_prompts.SINGLE_PROMPTS)
 
 
+def test_pairs_have_images_as_wide_as_those_that_were_trained_on():
+    assert 192 == gallery_prompts.PAIR_WIDTH == gallery_prompts.IMAGE_SIZE * scenes.IMAGE_WIDTHS[2]
+    for row in SECTIONS["Two people together"].rows:
+        assert row.prompt["empty"]["inputs"]["width"] == gallery_prompts.PAIR_WIDTH
+        masks = [node["inputs"] for node in row.prompt.values() if node["class_type"] == "SolidMask"]
+        assert sorted(mask["width"] for mask in masks) in ([], [96, 192])
+
+
 def test_batch_node_joins_prompts_in_order():
     from comfyui_likeness.portrait_world.gallery.gallery_batch import GalleryBatch
 
@@ -258,6 +267,7 @@ def test_every_section_runs_on_the_shipped_models(tmp_path):
         sections = list(render.run_sections(server, shortened, render.WEIGHTS_FOLDER))
     for section in sections:
         images = [np.asarray(Image.open(image.file)) for row in section.rows for image in row.images]
-        assert all(image.shape == (128, 128, 3) and image.std() > 1 for image in images)
+        width = gallery_prompts.PAIR_WIDTH if section.title == "Two people together" else gallery_prompts.IMAGE_SIZE
+        assert all(image.shape == (128, width, 3) and image.std() > 1 for image in images)
         if SECTIONS[section.title].expect_identical and images:
             assert section.note.startswith("5 of 5")

@@ -18,6 +18,7 @@ from comfyui_likeness.portrait_world import world
 from comfyui_likeness.portrait_world.evaluation import metrics
 from comfyui_likeness.portrait_world.report import demo_stack, document, expected, finish, measure, prompts, rows
 from comfyui_likeness.portrait_world.report.expected import Claim
+from PIL import Image
 from safetensors.torch import save_file
 from support import report_stack
 
@@ -81,6 +82,9 @@ def test_report_of_all_rows(models: demo_stack.DemoStack, tmp_path: Path) -> Non
     assert {file.stem for file in out.glob("*.jpg")} == set(shipped)
     links = re.findall(r"\((evidence/.+?)\)", text)
     assert len(links) >= len(shipped) and all((page.parent / link).is_file() for link in links)
+    for key, num_people in (("bare", 1), ("pair_bare", 2)):
+        with Image.open(out / f"{key}.jpg") as strip:  # a photo and the images of each person's prompts
+            assert strip.size == (128 + PROMPTS * (192 if num_people == 2 else 128), PEOPLE * 128)
     # With lambda_feat 0 the reference guidance has no effect.
     assert saved["feat_0"]["target"] != saved["feat_0.25"]["target"] != saved["feat_1"]["target"]
 
@@ -102,9 +106,9 @@ def test_rows_share_generated_images(models: demo_stack.DemoStack, monkeypatch: 
     seeds: list[int] = []
     sample_images = demo_stack.DemoStack.sample_images
 
-    def count_calls(self: demo_stack.DemoStack, model: Any, embeddings: torch.Tensor, seed: int) -> torch.Tensor:
+    def count_calls(self: demo_stack.DemoStack, model: Any, embeddings: torch.Tensor, seed: int, *size: float) -> Any:
         seeds.append(seed)
-        return sample_images(self, model, embeddings, seed)
+        return sample_images(self, model, embeddings, seed, *size)
 
     monkeypatch.setattr(demo_stack.DemoStack, "sample_images", count_calls)
     keys = ["flashface", "ref_2", "flashface_4", "flashface_3", "pair_flashface"]
@@ -163,12 +167,13 @@ def test_prompt_is_the_caption_of_its_scenes() -> None:
     for eval_prompts, people in ((prompts.SINGLE_PROMPTS, 1), (prompts.PAIR_PROMPTS, 2)):
         for prompt in eval_prompts:
             scenes = islice(prompts.iterate_scenes(3, people), 4)
-            captions = {world.format_caption(prompt.apply_to_scene(scene)) for scene in scenes}
+            details = ("expression", *(["clothes"] if prompt.clothes else []), "place")
+            captions = {world.format_caption(prompt.apply_to_scene(scene), details=details) for scene in scenes}
             assert captions == {prompt.format_text(people)}
     assert len({prompt.format_text() for prompt in prompts.SINGLE_PROMPTS}) == 8
     assert {prompt.style for prompt in prompts.SINGLE_PROMPTS} == set(prompts.STYLE_PROMPTS)
     assert prompts.STYLE_PROMPTS["bronze"] == "a bronze of a person"
-    assert prompts.SINGLE_PROMPTS[0].format_text() == "a photo of a smiling person in red at a beach"
+    assert prompts.SINGLE_PROMPTS[0].format_text() == "a photo of a smiling person in a red tee at a beach"
 
 
 def test_shipped_clip_matches_prompts() -> None:

@@ -24,6 +24,7 @@ from comfyui_likeness.training.task import init_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from support import small_models
 from support.toy_tasks import DISC_WORLD
 
 IMAGE_SIZE = 128
@@ -50,7 +51,7 @@ RECOGNIZER_FILE = "recogniser.onnx"
 
 def make_base_stack(folder: Path) -> Path:
     """Write the models, and shards of ten images: three of each of three people, and one of a pair."""
-    vae.VAETask(vae.VAEConfig(resolution=32), DISC_WORLD, 1).save_model(folder, {})
+    vae.VAETask(small_models.SMALL_VAE, DISC_WORLD, 1).save_model(folder, {})
     clip_pair.CLIPPair(CLIP_PAIR_CONFIG, DISC_WORLD, 2).save_model(folder, {})
     face_recognizer.FaceRecognizer(RECOGNIZER_CONFIG, DISC_WORLD, 3).save_model(folder, {})
     encoder.save_encoder_file(encoder.build_trainable_encoder(OMNI_ID_SIZES, 6), folder, {})

@@ -43,7 +43,6 @@ MODEL_FAMILIES = {
     "SDXL": (SDXL_CONFIG, comfy.supported_models.SDXL, comfy.model_base.SDXL),
     "FLUX.1": (FLUX_CONFIG, comfy.supported_models.Flux, comfy.model_base.Flux),
 }
-LATENT_CHANNELS = {"FLUX.1": 16}  # 4 for the others
 
 
 def make_small_model(family: str = "SD1.5", weights: dict[str, Tensor] | None = None, **changes: Any) -> ModelPatcher:
@@ -87,7 +86,7 @@ def sample_latent(
     model: ModelPatcher, family: str = "SD1.5", *, batch_size: int = 1, size: tuple[int, int] = (8, 8), **changes: Any
 ) -> Tensor:
     """A latent [batch_size, C, *size] from comfy.sample.sample, which gets the `changes`."""
-    latent = torch.zeros(batch_size, LATENT_CHANNELS.get(family, 4), *size)
+    latent = torch.zeros(batch_size, model.model.latent_format.latent_channels, *size)
     noise = torch.cat([comfy.sample.prepare_noise(latent[:1], 5 + i) for i in range(batch_size)])
     options = {
         **SAMPLER_DEFAULTS,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import comfy.sd
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_likeness.nodes.loaders import face_analyzer
+from comfyui_likeness.nodes.loaders import face_analyzer, native_models, native_vae
 from comfyui_likeness.portrait_world.report import rows
 from comfyui_likeness.portrait_world.report.demo_stack import DemoStack
 from comfyui_likeness.tools.standins import face_networks, flashface_checkpoint
@@ -17,7 +16,7 @@ from comfyui_likeness.training.adapters import face_encoders
 from comfyui_likeness.training.base_models import clip_pair, unet, vae
 from comfyui_likeness.training.omni_id import encoder
 from comfyui_likeness.training.task import make_generator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from support import adaface_models, base_stack
 
@@ -62,7 +61,8 @@ def write_detector(path: Path) -> None:
 
 def write_reference_net(base: Path, file: Path) -> None:
     """A FlashFace file without the denoising UNet: only Face ReferenceNet and the added layers."""
-    unet_shapes = {key: tuple(value.shape) for key, value in unet.load_unet(base).diffusion_model.state_dict().items()}
+    weights = native_models.load_unet(base).diffusion_model.state_dict()
+    unet_shapes = {key: tuple(value.shape) for key, value in weights.items()}
     shapes = flashface_checkpoint.get_flashface_shapes(unet_shapes, 4)
     selected = {key: shape for key, shape in shapes.items() if not key.startswith("ori_") or "self_attn_first" in key}
     tensors = {
@@ -94,9 +94,9 @@ def make_report_stack(folder: Path, models: Path) -> DemoStack:
     projection = clip.cond_stage_model.clip_l.transformer.text_projection.weight
     projection.copy_(torch.randn(projection.shape, generator=make_generator(0)) / width**0.5)
     return DemoStack(
-        ModelPatcher(unet.load_unet(folder / unet.UNET_FILE).eval().requires_grad_(False), CPU, CPU),
+        ModelPatcher(native_models.load_unet(folder / unet.UNET_FILE).eval().requires_grad_(False), CPU, CPU),
         clip,
-        comfy.sd.VAE(sd=load_file(folder / vae.VAE_FILE)),
+        native_vae.wrap_vae(native_models.load_vae(folder / vae.VAE_FILE)),
         face_encoders.load_clip_vision_file(folder / clip_pair.VISION_FILE),
         face_analyzer.load_face_analyzer("demo", "cpu")[0],
         face_encoders.ArcFaceReader(folder / base_stack.RECOGNIZER_FILE, "judge"),

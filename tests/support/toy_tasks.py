@@ -67,7 +67,12 @@ class DiscWorld:
         color, position = self._describe(number)
         return f"a {color} disc at the {position}"
 
-    def load_image(self, number: int, resolution: int) -> Tensor:
+    def load_detailed_captions(self, number: int) -> Sequence[str]:
+        return [f"{self.load_caption(number)}, {word}" for word in ("left", "right")]
+
+    def load_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> Tensor:
+        if aspect_ratio != 1:
+            return self.load_image(number, resolution).repeat(1, 2, 1)[:, : round(resolution * aspect_ratio)]
         color, position = self._describe(number)
         grid = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, resolution)] * 2, indexing="ij"), dim=-1)
         inside = (grid - torch.tensor(DISC_POSITIONS[position])).norm(dim=-1) < 0.2
@@ -75,14 +80,14 @@ class DiscWorld:
         image[inside] = torch.tensor(COLORS[color])
         return image.to(torch.uint8)
 
-    def load_annotated_image(self, number: int, resolution: int) -> AnnotatedImage:
+    def load_annotated_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> AnnotatedImage:
         """The disc is the face."""
-        image = self.load_image(number, resolution)
+        image = self.load_image(number, resolution, aspect_ratio)
         y, x = DISC_POSITIONS[self._describe(number)[1]]
         center = torch.tensor([x, y]) * (resolution - 1)
         radius = 0.2 * (resolution - 1)
         box = torch.cat((center - radius, center + radius))
-        mask = torch.zeros(resolution, resolution, dtype=torch.bool)
+        mask = torch.zeros(image.shape[:2], dtype=torch.bool)
         return AnnotatedImage(
             image, self.load_caption(number), center + radius * DISC_KEY_POINTS, box, mask, torch.zeros(0, 7, 2)
         )

@@ -43,7 +43,9 @@ def get_shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def make_clip_l() -> Any:
     config = task_registry.read_task_config("clip", CONFIGS / "clip.toml")[1]
     with META:
-        text = clip_pair.build_text_encoder(clip_pair.build_text_config(config), range(49408)).requires_grad_(False)
+        text = clip_pair.build_text_encoder(
+            clip_pair.build_text_config(config.width, config.layers, config.num_heads), range(49408)
+        ).requires_grad_(False)
     clip_pair.clone_norm_inputs(text)
     return text.to(META)
 

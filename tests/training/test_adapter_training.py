@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,7 +16,7 @@ from comfyui_likeness.nodes import encode
 from comfyui_likeness.nodes.attention import apply_decoupled, apply_fused
 from comfyui_likeness.nodes.attention.injection import Injection, RunCache
 from comfyui_likeness.nodes.attention.patch import attach_injection, training_options
-from comfyui_likeness.nodes.loaders import adapter_loader, omni_id_loader
+from comfyui_likeness.nodes.loaders import adapter_loader, native_models, native_vae, omni_id_loader
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
 from comfyui_likeness.training.adapters import decoupled, face_encoders
 from comfyui_likeness.training.adapters.adapter_task import AdapterTask
@@ -47,8 +46,8 @@ def loss(task: AdapterTask[Any], rows: int = 8) -> Tensor:
 
 
 def denoise(model: ModelPatcher, sigma: Tensor, text: Tensor) -> Tensor:
-    """The denoised latents of noise [n, 4, 16, 16] at `sigma` [n]."""
-    noise = torch.randn(len(sigma), 4, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
+    """The denoised latents of noise [n, 8, 16, 16] at `sigma` [n]."""
+    noise = torch.randn(len(sigma), 8, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
     with torch.no_grad():
         return model.model.apply_model(noise, sigma, c_crossattn=text, **training_options(model, float(sigma.max())))
 
@@ -125,7 +124,7 @@ def apply_with_node(
     if isinstance(task, decoupled.DecoupledTask):
         node = apply_decoupled.ApplyDecoupled
         return node.execute(model, loaded, identity, layer_weights="linear", scaling="V only", **options).args[0]
-    vae = comfy.sd.VAE(sd=load_file(task.settings.vae))
+    vae = native_vae.wrap_vae(native_models.load_vae(Path(task.settings.vae)))
     return apply_fused.ApplyFused.execute(model, loaded, identity, vae, outside="all", **options).args[0]
 
 
@@ -136,7 +135,7 @@ def test_the_nodes_reproduce_training(stack: Path, folder: Path, kind: str) -> N
     task.save_model(folder / ("ipadapter" if kind in ("arcface", "image") else "likeness"), {"steps": 2})
     sample = task.source.load_original_image(4)
     features = encode_samples(task, sample)
-    model = ModelPatcher(unet.load_unet(stack / unet.UNET_FILE), CPU, CPU)
+    model = ModelPatcher(native_models.load_unet(stack / unet.UNET_FILE), CPU, CPU)
     text, sigma = encode_text(task, 1), task.frozen.model.model_sampling.sigma(torch.tensor([400]))
     patcher = task.frozen.unet_patchers.get_patcher(CPU)
     expected = denoise(attach_injection(patcher, task.make_injection(patcher, features)), sigma, text)
@@ -169,7 +168,7 @@ def test_each_row_attends_to_its_own_face_at_its_own_noise_level(stack: Path, ki
     sigma = task.frozen.model.model_sampling.sigma(torch.tensor([50, 500, 900]))
     text = encode_text(task, 3)
     together = denoise(attach_injection(patcher, task.make_injection(patcher, features)), sigma, text)
-    noise = torch.randn(3, 4, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
+    noise = torch.randn(3, 8, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
     for row in range(3):
         patched = attach_injection(patcher, bind_one_face(task, features[row : row + 1]))
         row_sigma = sigma[row : row + 1]
@@ -256,7 +255,7 @@ def test_heads_have_a_larger_loss_weight(stack: Path) -> None:
     assert "loss_weights" not in plain.make_batch(make_generator(2), 6)
     size = task.settings.resolution
     samples = [task.source.load_annotated_image(index, size) for index in batch["target_indices"]]
-    expected = torch.stack([unet.compute_loss_weights(sample, size, 3.0) for sample in samples])
+    expected = torch.stack([unet.compute_loss_weights(sample, 3.0) for sample in samples])
     assert torch.equal(batch["loss_weights"], expected)
     assert float(loss(task).detach()) != float(loss(plain).detach())
 

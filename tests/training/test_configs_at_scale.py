@@ -18,6 +18,7 @@ from comfy import model_base, supported_models
 from comfy.model_patcher import ModelPatcher
 from comfyui_likeness.likeness.attention.feature_cache import ReferenceFeatureCache
 from comfyui_likeness.likeness.checkpoints import key_maps, native_decoupled, native_flashface, native_omni_adapter
+from comfyui_likeness.likeness.encoders import clip_vision
 from comfyui_likeness.likeness.faces import alignment
 from comfyui_likeness.likeness.methods import flashface, fused_kv, infinite_id, omni_id
 from comfyui_likeness.likeness.spec import AdapterSpec, Feature, FusedKVSpec, Identity, OmniIDSpec
@@ -36,7 +37,7 @@ from comfyui_likeness.training.adapters import flashface as adapters_flashface
 from comfyui_likeness.training.adapters import fused as adapters_fused
 from comfyui_likeness.training.adapters import infinite_id as adapters_infinite_id
 from comfyui_likeness.training.base_models import clip_pair, face_recognizer, unet, vae
-from comfyui_likeness.training.data import image_source
+from comfyui_likeness.training.data import clusters, image_source
 from comfyui_likeness.training.data import shards as data_shards
 from comfyui_likeness.training.omni_id import encoder, masked_stage
 from PIL import Image
@@ -52,13 +53,25 @@ META = torch.device("meta")
 def test_the_demo_unet_has_the_attentions_of_sd15() -> None:
     _, config = task_registry.read_task_config("unet", ROOT / "portrait_world" / "configs" / "unet.toml")
     with torch.device("meta"):
-        net = unet.build_base_model(unet.build_unet_config(config, 128)).diffusion_model
+        net = unet.build_base_model(unet.build_unet_config(config, config.text_width, 8)).diffusion_model
     weights = sum(value.numel() for value in net.parameters())
     names = [name for name, _ in net.named_modules() if name.endswith("attn2")]
     assert names == [
         name.removesuffix(".to_q.weight") for name in list_sd15_shapes() if name.endswith("attn2.to_q.weight")
     ]
-    assert 4e6 < weights < 5e6
+    assert 8e6 < weights < 20e6
+
+
+def test_the_demos_vision_tower_is_known_to_the_nodes() -> None:
+    """Encode Identity reads what the demo's adapters need, and Omni-ID's trunk has the tower's sizes and heads."""
+    configs = ROOT / "portrait_world" / "configs"
+    towers = task_registry.read_task_config("clip", configs / "clip.toml")[1]
+    name = clip_vision.name_architecture(towers.vision_width, towers.vision_layers, towers.patch, towers.resolution)
+    assert set(clip_vision.LAYERS_BY_ARCHITECTURE[name]) == {"photo", "head", "face224"}
+    assert towers.vision_width // clip_vision.HEAD_DIMS[towers.vision_width] == towers.vision_num_heads
+    omni = task_registry.read_task_config("omni_masked", configs / "omni_masked.toml")[1]
+    sizes = omni.trunk_width, omni.trunk_layers, omni.patch_size
+    assert sizes == (towers.vision_width, towers.vision_layers, towers.patch)
 
 
 def test_the_published_configs_build_and_take_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +80,9 @@ def test_the_published_configs_build_and_take_a_step(monkeypatch: pytest.MonkeyP
     _, towers = task_registry.read_task_config("clip", CONFIGS / "clip.toml")
     _, faces = task_registry.read_task_config("recogniser", CONFIGS / "recogniser.toml")
     with torch.device("meta"):
-        net = unet.build_base_model(unet.build_unet_config(config, towers.width)).diffusion_model.requires_grad_(True)
+        net = unet.build_base_model(unet.build_unet_config(config, towers.width, 4)).diffusion_model.requires_grad_(
+            True
+        )
         pair = clip_pair.CLIPPair(towers, DISC_WORLD, 0)
         network = face_recognizer.build_recognizer(faces)
         face = train_step(network, torch.zeros(2, 3, 112, 112))
@@ -86,9 +101,9 @@ def build_sd15(monkeypatch: pytest.MonkeyPatch) -> ModelPatcher:
         monkeypatch.setattr(module, "optimized_attention", attention.attention_pytorch)  # as in training
     config = task_registry.read_task_config("unet", CONFIGS / "unet.toml")[1]
     with META:
-        model = unet.build_base_model({**unet.build_unet_config(config, 768), "use_checkpoint": False}).requires_grad_(
-            False
-        )
+        model = unet.build_base_model(
+            {**unet.build_unet_config(config, 768, 4), "use_checkpoint": False}
+        ).requires_grad_(False)
     return ModelPatcher(model, META, META)
 
 
@@ -337,12 +352,19 @@ def test_shards_are_a_source(tmp_path: Path) -> None:
     shards = image_source.open_source(str(tmp_path))
     for number, (of, person, index) in enumerate([*order, (album, 2, 1), (album, 0, 0)]):
         view = of.load_annotated_image(person, index)
-        assert torch.equal(shards.load_image(number, 64), view.image) and shards.load_caption(number) == view.caption
-    assert shards.load_image(0, 32).shape == (32, 32, 3)
+        assert torch.equal(shards.load_image(number, 64), clusters.crop_and_resize(view, 64).image)
+        assert shards.load_caption(number) == view.caption
+        assert shards.load_detailed_captions(number) == list(view.detailed_captions)
+    assert shards.load_image(0, 32).shape == (32, 32, 3) and shards.load_image(3, 64, 1.5).shape == (64, 96, 3)
     view = album.load_annotated_image(1, 1)
     crop = alignment.convert_to_uint8(alignment.align_face(view.image.double() / 255, view.kps, 112))
     assert torch.equal(shards.load_aligned_face(4, 1), crop) and not torch.equal(shards.load_aligned_face(4, 0), crop)
-    words = {word.strip(",") for number in range(8) for word in shards.load_caption(number).split()}
+    captions = [
+        caption
+        for number in range(8)
+        for caption in (shards.load_caption(number), *shards.load_detailed_captions(number))
+    ]
+    words = {word.strip(",") for caption in captions for word in caption.split()}
     assert shards.caption_words == sorted(words)
     assert list(clip_pair.list_known_tokens(clip_pair.SDTokenizer(), None)) == list(range(49408))
     with pytest.raises(ValueError, match="0 shards"):
@@ -356,13 +378,16 @@ def test_portrait_world_is_a_source(tmp_path: Path) -> None:
     assert torch.equal(image, world.load_image(8, 64)) and not torch.equal(image, world.load_image(9, 64))
     assert world.load_aligned_face(1, 5).shape == (112, 112, 3)
     captions = [world.load_caption(number) for number in range(64)]
-    words = {word.strip(",") for text in captions for word in text.split()}
-    assert words <= set(world.caption_words)
-    assert sum("two" in text or "people" in text for text in captions) == 8
+    described = [text for number in range(64) for text in world.load_detailed_captions(number)]
+    words = {word.strip(",") for text in captions + described for word in text.split()}
+    assert words <= set(world.caption_words) and all(" with " in text for text in described)
+    for texts in (captions, described):
+        assert ["person on the right" in text for text in texts] == [number % 8 == 0 for number in range(64)]
+    assert world.load_image(8, 64, 1.5).shape == (64, 96, 3)
     config = tmp_path / "vae.toml"
     config.write_text(
         f'[run]\nfolder = "{tmp_path}/run"\nsteps = 1\nbatch_size = 1\nlearning_rate = 1e-3\nmixed_precision = "bf16"\n'
-        "[task]\nresolution = 32\n"
+        "[task]\nresolution = 32\nwidths = [16, 16, 16]\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "training", "vae", "--config", str(config)], cwd=ROOT, capture_output=True
@@ -370,4 +395,4 @@ def test_portrait_world_is_a_source(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     assert (tmp_path / "run" / "model" / vae.VAE_FILE).is_file()
     samples = Image.open(tmp_path / "run" / "samples" / "images-00000001.png")
-    assert samples.size == (vae.NUM_SHOWN_IMAGES * 32, 2 * 32)
+    assert samples.size == (vae.NUM_SHOWN_IMAGES * 32, 3 * 32)

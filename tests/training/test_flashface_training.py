@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -17,7 +16,7 @@ from comfyui_likeness.likeness.faces import alignment, reference_faces
 from comfyui_likeness.likeness.spec import FlashFaceSpec, Identity
 from comfyui_likeness.nodes.attention.flashface.apply_reference import ApplyReference
 from comfyui_likeness.nodes.attention.patch import attach_injection, training_options
-from comfyui_likeness.nodes.loaders import adapter_loader
+from comfyui_likeness.nodes.loaders import adapter_loader, native_models, native_vae
 from comfyui_likeness.nodes.loaders.flashface_loader import LoadFlashFace
 from comfyui_likeness.training import task_registry
 from comfyui_likeness.training.adapters.flashface import (
@@ -59,7 +58,7 @@ def randomize(task: FlashFaceTask) -> FlashFaceTask:
     """Give the added layers and the face position random weights, as if trained."""
     with torch.no_grad():
         if task.main is not None:
-            task.main.diffusion_model.get_parameter(INPUT_CONV_WEIGHT)[:, 4] = 0.5
+            task.main.diffusion_model.get_parameter(INPUT_CONV_WEIGHT)[:, 8] = 0.5
         for number, value in enumerate(task.added.parameters()):
             value.copy_(torch.randn(value.shape, generator=make_generator(number)) / 4)
     return task
@@ -68,7 +67,7 @@ def randomize(task: FlashFaceTask) -> FlashFaceTask:
 def denoise(model: ModelPatcher, sigma: Tensor, text: Tensor, **model_kwargs: Tensor) -> Tensor:
     """The denoised latents of noise at `sigma` [n], seeded by sigma."""
     noise = torch.stack(
-        [torch.randn(4, 16, 16, generator=make_generator(int(100 * value))) * value for value in sigma.tolist()]
+        [torch.randn(8, 16, 16, generator=make_generator(int(100 * value))) * value for value in sigma.tolist()]
     )
     with torch.no_grad():
         return model.model.apply_model(
@@ -189,12 +188,13 @@ def test_the_nodes_reproduce_training(stack: Path, folder: Path, train_unet: boo
     expected, plain = (denoise(one, sigma, text, **model_kwargs) for one in (injected, patcher))
     moved = (expected - plain).norm()
     assert moved > 1e-2 * plain.norm()
-    base = None if train_unet else ModelPatcher(unet.load_unet(stack / unet.UNET_FILE), CPU, CPU)
+    base = None if train_unet else ModelPatcher(native_models.load_unet(stack / unet.UNET_FILE), CPU, CPU)
     model, reference_net = LoadFlashFace.execute("made.safetensors", base).args
     assert reference_net.spec == FlashFaceSpec(heads=2, face_size=FACE_SIZE, notes={"steps": 2})
+    vae = native_vae.wrap_vae(native_models.load_vae(Path(task.settings.vae)))
     with torch.inference_mode():
         node = ApplyReference.execute(
-            model, reference_net, make_identity(task, [4, 7]), comfy.sd.VAE(sd=load_file(task.settings.vae)),
+            model, reference_net, make_identity(task, [4, 7]), vae,
             strength=1.0, reference_guidance=0.0, start_percent=0.0, end_percent=1.0, show_at_least=1,
             reference_text=empty,
         ).args[0]  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -17,9 +18,10 @@ from comfyui_likeness.nodes.attention import apply_mixed
 from comfyui_likeness.nodes.attention.patch import attach_injection, training_options
 from comfyui_likeness.nodes.loaders import adapter_loader, native_models
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
+from comfyui_likeness.tools.standins import models
 from comfyui_likeness.training.adapters import face_encoders, infinite_id
 from comfyui_likeness.training.adapters.infinite_id import InfiniteIDTask
-from comfyui_likeness.training.base_models import clip_pair, sdxl, unet, vae
+from comfyui_likeness.training.base_models import clip_pair, sdxl, unet
 from comfyui_likeness.training.data import shard_source
 from comfyui_likeness.training.data.shard_source import ShardSource
 from comfyui_likeness.training.task import make_generator
@@ -46,8 +48,8 @@ def make_task(stack: Path, **options: Any) -> InfiniteIDTask:
 
 
 def denoise(model: ModelPatcher, sigma: Tensor, text: Tensor) -> Tensor:
-    """The denoised latents of noise [n, 4, 16, 16] at `sigma` [n]."""
-    noise = torch.randn(len(sigma), 4, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
+    """The denoised latents of noise [n, 8, 16, 16] at `sigma` [n]."""
+    noise = torch.randn(len(sigma), 8, 16, 16, generator=make_generator(3)) * sigma[:, None, None, None]
     with torch.no_grad():
         return model.model.apply_model(noise, sigma, c_crossattn=text, **training_options(model, float(sigma.max())))
 
@@ -141,7 +143,7 @@ def test_the_node_reproduces_training(stack: Path, folder: Path) -> None:
     assert "arcface.demo.raw.face112 and clip.vit-128-4-16-128.last.face224" in report
     patcher = task.frozen.unet_patchers.get_patcher(CPU)
     features = task.read_sample_faces([task.source.load_original_image(4)])
-    model = ModelPatcher(unet.load_unet(stack / unet.UNET_FILE), CPU, CPU)
+    model = ModelPatcher(native_models.load_unet(stack / unet.UNET_FILE), CPU, CPU)
     sigma, text = get_sigmas(task, 400), encode_text(task, TEXTS[0])
     plain = denoise(model, sigma, text)
     expected = denoise(attach_injection(patcher, task.make_injection(patcher, features)), sigma, text)
@@ -158,10 +160,10 @@ def test_samples_match_the_node_with_a_text_stream(stack: Path, folder: Path) ->
     task = make_task(stack)
     task.save_model(folder / "likeness", {"steps": 2})
     loaded, _ = adapter_loader.load_adapter_file("made.safetensors")
-    model = ModelPatcher(unet.load_unet(stack / unet.UNET_FILE), CPU, CPU)
+    model = ModelPatcher(native_models.load_unet(stack / unet.UNET_FILE), CPU, CPU)
     patcher = task.frozen.unet_patchers.get_patcher(CPU)
     features = task.read_sample_faces([task.source.load_original_image(n) for n in (4, 5)])
-    noise = torch.randn(2, 4, 16, 16, generator=make_generator(5))
+    noise = torch.randn(2, 8, 16, 16, generator=make_generator(5))
     prompts = [[[encode_text(task, text), {}]] for text in (TEXTS[0], "")]
     with torch.no_grad():
         sampled = unet.sample_latents(task.apply_adapter(patcher, features), noise, *prompts)
@@ -213,7 +215,8 @@ def test_training_on_sdxl(stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text_encoders: Any = clip.cond_stage_model
     text = sdxl.SDXLTextEncoders(text_encoders.clip_l, text_encoders.clip_g)
     denoiser = make_small_model("SDXL", context_dim=64 + 512, adm_in_channels=512 + 6 * 256).model
-    monkeypatch.setattr(sdxl, "load_sdxl", lambda _: (text, native_models.load_vae(stack / vae.VAE_FILE), denoiser))
+    autoencoder = comfy.sd.VAE(sd=models.make_taesd(0.13025, prefix="")).first_stage_model
+    monkeypatch.setattr(sdxl, "load_sdxl", lambda _: (text, autoencoder, denoiser))
     config = replace(make_task(stack).settings, vae="sdxl", text="sdxl", unet="sdxl")
     task = InfiniteIDTask(config, ShardSource(stack), 5)
     assert task.spec.base == "SDXL" and len(task.spec.layers) == 70 and task.spec.width == 576

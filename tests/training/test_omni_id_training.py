@@ -56,7 +56,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSource:
     """Four views each of three people."""
     folder = tmp_path_factory.mktemp("views")
-    album = world_album.WorldAlbum("train", 64, 3, IMAGES_PER_PERSON, min_pose_distance=15.0)
+    album = world_album.WorldAlbum("train", 64, 3, IMAGES_PER_PERSON, min_pose_distance=views.MIN_POSE_DISTANCE)
     shards.write_shards(album, folder, IMAGES_PER_PERSON, lossless=True)
     return ShardSource(folder)
 
@@ -307,7 +307,7 @@ def test_photos_of_one_person_are_encoded_jointly(stack: Path) -> None:
 
 
 def test_invalid_configs_are_rejected(faces: ShardSource, stack: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a folder of shards.*--min-pose-distance 15 --images-per-person 4"):
+    with pytest.raises(ValueError, match=r"expected a folder of shards.*--min-pose-distance 8 --images-per-person 4"):
         masked_stage.MaskedStageTask(CONFIG, DISC_WORLD, 0)
     with pytest.raises(ValueError, match="got no person with 5 images among the first 12;"):
         masked_stage.MaskedStageTask(replace(CONFIG, images_per_person=5), faces, 0)

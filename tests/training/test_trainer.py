@@ -215,6 +215,14 @@ def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True) and trainer.MIN_LEARNING_RATE_SCALE <= rates[-1] < 0.02
 
 
+def test_the_learning_rate_is_constant_until_the_decay_share(tmp_path: Path) -> None:
+    run = toy_tasks.make_run_config(tmp_path, steps=110, warmup_steps=10, learning_rate=1.0, decay_share=0.25)
+    rates = [trainer.compute_learning_rate(run, step) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)]) and rates[10:86] == pytest.approx([1.0] * 76)
+    falls = [before - after for before, after in zip(rates[85:], rates[86:], strict=False)]
+    assert falls == pytest.approx([0.99 / 25] * 24) and rates[-1] == pytest.approx(0.01 + 0.99 / 25)
+
+
 def test_parameters_have_learning_rate_scales(tmp_path: Path) -> None:
     class PartlyFrozenTask(toy_tasks.LineTask):
         def learning_rate_scale(self, name: str) -> float:
@@ -260,7 +268,7 @@ resolution = 64
         (
             ("resolution = 64", "size = 64"),
             "vae",
-            r"got size in \[task\]; expected only resolution, crop_size, latent_noise",
+            r"got size in \[task\]; expected only channels, widths, num_res_blocks, resolution, crop_size",
         ),
         (("batch_size", "batches"), "vae", r"got batches in \[run\]; expected only folder, steps, batch_size"),
         (("batch_size = 2", ""), "vae", r"got no batch_size in \[run\]; add it"),
@@ -278,6 +286,12 @@ resolution = 64
             "vae",
             r"got ema_decay = 1.0 in \[run\]; it must be less than 1",
         ),
+        (
+            ("steps = 10", "steps = 10\ndecay_share = 1.5"),
+            "vae",
+            r"got decay_share = 1.5 .*must be less than or equal to 1",
+        ),
+        (("resolution = 64", "channels = 4"), "vae", r"got channels = 4 .* in \[task\]; .*not 4"),
         (("steps = 10", 'steps = 10\nmixed_precision = "int8"'), "vae", "'int8'.*it must be 'no', 'bf16' or 'fp16'"),
         (("[task]", "[tsk]"), "vae", r"got tsk in .*; expected the tables \[run\] and \[task\]"),
         (("[task]\nresolution = 64", ""), "vae", r"without \[task\].*; add"),

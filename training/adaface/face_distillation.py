@@ -21,6 +21,7 @@ from ...likeness.checkpoints import key_maps
 from ...likeness.encoders.clip_text import EXPANDED_PROJECTIONS
 from ...likeness.methods import adaface, arc2face, prompt_placeholders
 from ...likeness.spec import AdaFaceSpec
+from ...nodes.loaders import native_models
 from ...nodes.loaders.adaface_loader import load_arc2face_encoder
 from ..base_models import clip_pair, unet
 from ..base_models.face_recognizer import EMBEDDING_SIZE
@@ -83,7 +84,7 @@ class FrozenTeacher:
     def __init__(self, settings: FaceDistillationConfig) -> None:
         text_encoder, self.spec = load_arc2face_encoder(Path(settings.teacher))
         self.text_encoder = text_encoder.float().eval().requires_grad_(False)
-        self.model: Any = unet.load_unet(Path(settings.teacher_unet)).eval().requires_grad_(False)
+        self.model: Any = native_models.load_unet(Path(settings.teacher_unet)).eval().requires_grad_(False)
 
     def to_device(self, device: torch.device) -> FrozenTeacher:
         self.text_encoder.to(device)

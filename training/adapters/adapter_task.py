@@ -93,7 +93,12 @@ class BaseModelStack(unet.FrozenStack):
         super().__init__(text, autoencoder)
         self.model = model
         self.unet_patchers = DevicePatchers(self.model)
+        self.cached_latents: Tensor | None = None
         self.cached_faces: dict[int, Tensor] = {}
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.latent_format.latent_channels
 
     def make_model_kwargs(
         self, tokens: clip_pair.TokenRows, resolution: int, device: torch.device
@@ -162,7 +167,7 @@ class PeopleTask(Task, Generic[PeopleTaskConfigType]):
         return self.reader.read_faces(torch.stack([self.reader.crop_face(sample) for sample in samples]), device)
 
     def make_batch(self, generator: Generator, batch_size: int) -> Batch:
-        latent_size = self.settings.resolution // 8
+        latent_shape = self.frozen.latent_channels, *[self.settings.resolution // 8] * 2
         num_faces = self.choose_face_count(generator)
         people = random_indices(generator, batch_size, len(self.clusters))
         firsts, seconds = random_indices(generator, batch_size), random_indices(generator, batch_size)
@@ -182,7 +187,7 @@ class PeopleTask(Task, Generic[PeopleTaskConfigType]):
         return {
             **self._load_inputs(targets, faces), "target_indices": targets, "drop_face": drop_face,
             "tokens": clip_pair.tokenize_texts(self.tokenizer, captions),
-            "noise": torch.randn(batch_size, 4, latent_size, latent_size, generator=generator),
+            "noise": torch.randn(batch_size, *latent_shape, generator=generator),
             "timesteps": torch.randint(num_timesteps, (batch_size,), generator=generator),
         }  # fmt: skip
 
@@ -229,7 +234,9 @@ class PeopleTask(Task, Generic[PeopleTaskConfigType]):
             for person in people
         ]
         photos, others = zip(*pairs, strict=True)
-        noise = torch.randn(NUM_SHOWN_IMAGES, 4, resolution // 8, resolution // 8, generator=generator)
+        noise = torch.randn(
+            NUM_SHOWN_IMAGES, self.frozen.latent_channels, resolution // 8, resolution // 8, generator=generator
+        )
         device = next(self.parameters()).device
         features = self.read_sample_faces(photos).to(device)
         generated = self.generate_latents(features, [other.caption for other in others], noise)
@@ -239,7 +246,7 @@ class PeopleTask(Task, Generic[PeopleTaskConfigType]):
 
     @abstractmethod
     def generate_latents(self, face_features: Tensor, captions: Sequence[str], noise: Tensor) -> Tensor:
-        """Sample latents from noise [n, 4, h, w] for face features [n, ...] and n captions."""
+        """Sample latents from noise [n, c, h, w] for face features [n, ...] and n captions."""
 
     def _open_validation_album(self) -> Album:
         return open_album(self.settings.validation_data, self.settings.resolution)

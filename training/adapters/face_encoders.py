@@ -11,8 +11,7 @@ from typing import Any, Protocol
 import comfy.clip_vision
 import torch
 from comfy.clip_vision import ClipVisionModel
-from comfy.taesd.taesd import TAESD
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...likeness.faces import alignment, reference_faces
 from ...likeness.methods import omni_id
@@ -167,9 +166,9 @@ class OmniIDReader:
 
 
 class LatentReader:
-    """VAE latents [n, 4, face_size / 8, face_size / 8] of the head crop, as Apply Identity (Fused KV) computes them."""
+    """VAE latents [n, c, face_size / 8, face_size / 8] of the head crop, as Apply Identity (Fused KV) computes them."""
 
-    def __init__(self, vae_file: Path, autoencoder: TAESD, face_size: int) -> None:
+    def __init__(self, vae_file: Path, autoencoder: nn.Module, face_size: int) -> None:
         self.autoencoder, self.face_size = autoencoder, face_size
         self.hash = hashlib.sha256(vae_file.read_bytes() + str(face_size).encode()).hexdigest()
 
@@ -184,7 +183,7 @@ class LatentReader:
 class ReferenceFaceReader(LatentReader):
     """VAE latents of the upright face alone on black, as Apply Identity (Reference) computes them."""
 
-    def __init__(self, vae_file: Path, autoencoder: TAESD, face_size: int) -> None:
+    def __init__(self, vae_file: Path, autoencoder: nn.Module, face_size: int) -> None:
         super().__init__(vae_file, autoencoder, face_size)
         self.hash = hashlib.sha256(f"reference {self.hash}".encode()).hexdigest()
 

@@ -148,7 +148,7 @@ class FlashFaceTask(adapter_task.AdapterTask[FlashFaceConfig]):
     def make_injection(
         self, model: ModelPatcher, face_features: Tensor, visible: Tensor | None = None
     ) -> BatchReferenceTerm:
-        """Bind n face latents of [rows * n, 4, h, w] to each row; rows with `visible` [rows, 1, 1] of 0 see none."""
+        """Bind n face latents of [rows * n, c, h, w] to each row; rows with `visible` [rows, 1, 1] of 0 see none."""
         device = model.load_device
         reference_net = LoadedReferenceNet(
             self.reference_patchers.get_patcher(device),
@@ -170,7 +170,7 @@ class FlashFaceTask(adapter_task.AdapterTask[FlashFaceConfig]):
 def make_reference_term(
     model: ModelPatcher, reference_net: LoadedReferenceNet, face_latents: Tensor, visible: Tensor | None, text: Tensor
 ) -> BatchReferenceTerm:
-    """Bind face latents [rows * n, 4, h, w] to the rows; the reference UNet encodes them with `text` [1, T, C]."""
+    """Bind face latents [rows * n, c, h, w] to the rows; the reference UNet encodes them with `text` [1, T, C]."""
     latents = model.model.process_latent_in(face_latents.float())
     attentions = apply_reference.find_reference_attentions(model, reference_net)
     faces = reference_term.ReferenceFaces(latents, (), 1.0, visible, "")
@@ -222,7 +222,7 @@ def freeze_unused_parameters(unet: nn.Module, layers: Sequence[UNetLayer]) -> No
     """Freeze all parameters that the inputs of these layers do not depend on: those after the last layer."""
     places = [PatchPlace(ATTN1_OUTPUT, layer.block, layer.depth, layer.is_multi_block) for layer in layers]
     weight: Any = unet.get_parameter(INPUT_CONV_WEIGHT)
-    latent, timestep = torch.zeros(1, 4, 16, 16).to(weight), torch.zeros(1).to(weight)
+    latent, timestep = torch.zeros(1, weight.shape[1], 16, 16).to(weight), torch.zeros(1).to(weight)
     context = torch.zeros(1, 1, layers[0].context_dim).to(weight)
     inputs = capture_attention_inputs(unet, latent, timestep, context, places)
     parameters = list(unet.parameters())

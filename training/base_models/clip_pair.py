@@ -25,10 +25,9 @@ from torch.nn.functional import normalize
 from ...likeness.checkpoints import native_metadata
 from ...likeness.encoders import token_embedding
 from ...likeness.faces import alignment
-from ...nodes.loaders import native_models
 from ...nodes.loaders.native_models import build_text_encoder, load_text_encoder
 from ..data import shard_source
-from ..data.image_source import ImageSource, load_images, sample_captions
+from ..data.image_source import ImageSource, sample_captions
 from ..task import Batch, Task, init_weights
 
 TEXT_FILE, VISION_FILE = "text.safetensors", "vision.safetensors"
@@ -36,6 +35,7 @@ INITIAL_LOGIT_SCALE, MAX_LOGIT_SCALE = 2.6593, 4.6052  # log(1 / 0.07) and log(1
 NUM_CHECK_CAPTIONS = 64  # for the retrieval accuracy among the samples
 COMMON_TOKENS = ", ."  # known tokens of any closed vocabulary
 MAX_HEAD_CROPS_PER_PERSON = 8
+HEAD_CROP_SHARE = 0.5  # of the images with a detailed caption
 
 TokenRows = list[list[int]]
 
@@ -45,9 +45,12 @@ class CLIPConfig:
     """The sizes of both towers; `resolution` and `patch` are in pixels. `token_dropout` is the probability that a token
     is replaced by the unknown one.
 
+    `text` is the file of a text encoder that stays frozen, except for its projection (LiT, Zhai et al. 2111.07991);
+    without it a new one learns. The share `detailed_share` of the captions describes the people, too, and belongs to a
+    head crop in place of the whole image as often as not.
+
     `head_contrast_weight` is the weight of the contrastive loss between head crops: one pair for every two captions,
-    from the first `cached_samples` images (0: all). `init_from` is the folder of another run to start from; its text
-    encoder stays frozen (LiT, Zhai et al. 2111.07991).
+    from the first `cached_samples` images (0: all).
     """
 
     width: int = 128
@@ -59,9 +62,10 @@ class CLIPConfig:
     resolution: int = 128
     patch: int = 16
     token_dropout: float = 0.02
+    text: str = ""
+    detailed_share: float = 0.0
     head_contrast_weight: float = 0.0
     cached_samples: int = 0
-    init_from: str = ""
 
 
 class CLIPPair(Task):
@@ -71,32 +75,40 @@ class CLIPPair(Task):
         super().__init__()
         self.settings, self.source = settings, source
         self.tokenizer = SDTokenizer()
-        self.text = build_text_encoder(
-            build_text_config(settings), list_known_tokens(self.tokenizer, source.caption_words)
-        )
+        self.text = self._make_text_encoder(seed)
         self.vision: Any = CLIPVisionModelProjection(
             build_vision_config(settings), torch.float32, torch.get_default_device(), comfy.ops.disable_weight_init
         )
-        init_weights(self.text, seed)
         init_weights(self.vision, seed + 1)
         with torch.no_grad():
             self.vision.vision_model.embeddings.class_embedding.zero_()
             self.text.logit_scale.fill_(INITIAL_LOGIT_SCALE)
-        if settings.init_from:
-            self._load_initial_weights(Path(settings.init_from))
         self.head_crops: HeadCrops | None = None
-        if settings.head_contrast_weight:
+        if settings.head_contrast_weight or settings.detailed_share:
             self.head_crops = HeadCrops(
                 shard_source.require_shards(source), settings.cached_samples, settings.resolution
             )
+        if settings.head_contrast_weight:
             self.alike = nn.Linear(settings.vision_width, settings.width, bias=False)
             init_weights(self.alike, seed + 2)
         clone_norm_inputs(self)
         self.contrast: nn.Module | None = None
 
-    def _load_initial_weights(self, folder: Path) -> None:
-        self.text.transformer = load_text_encoder(folder / TEXT_FILE).transformer
-        self.vision.load_state_dict(native_models.load_clip_vision(folder / VISION_FILE).model.float().state_dict())
+    def _make_text_encoder(self, seed: int) -> Any:
+        if not self.settings.text:
+            text_encoder = build_text_encoder(
+                self._text_config, list_known_tokens(self.tokenizer, self.source.caption_words)
+            )
+            init_weights(text_encoder, seed)
+            return text_encoder
+        text_encoder = load_text_encoder(Path(self.settings.text))
+        for value in (text_encoder.transformer.text_projection.weight, text_encoder.logit_scale):
+            value.requires_grad_(True)
+        return text_encoder
+
+    @property
+    def _text_config(self) -> dict[str, Any]:
+        return build_text_config(self.settings.width, self.settings.layers, self.settings.num_heads)
 
     def make_batch(self, generator: Generator, batch_size: int) -> Batch:
         """Pairs with different captions. Raises ValueError if the source has too few."""
@@ -105,15 +117,25 @@ class CLIPPair(Task):
             raise ValueError(
                 f"got {len(pairs['tokens'])} different captions; expected {batch_size}; lower batch_size in [run]"
             )
-        if self.head_crops is None:
+        if self.head_crops is None or not self.settings.head_contrast_weight:
             return pairs
         return {**pairs, "head_crops": self.head_crops.sample_pairs(generator, batch_size // 2)}
 
     def _make_pairs(self, generator: Generator, batch_size: int) -> Batch:
-        captions = sample_captions(self.source, generator, batch_size)
-        tokens = tokenize_texts(self.tokenizer, list(captions))
+        rows = sample_captions(self.source, generator, batch_size)
+        texts, images = [], []
+        for caption, number in rows.items():
+            describe, crop, choice = torch.rand(3, generator=generator).tolist()
+            detailed = self.source.load_detailed_captions(number) if describe < self.settings.detailed_share else ()
+            texts.append(detailed[int(choice * len(detailed))] if detailed else caption)
+            if detailed and crop < HEAD_CROP_SHARE and self.head_crops is not None:
+                images.append(self.head_crops.crop(number))
+            else:
+                images.append(self.source.load_image(number, self.settings.resolution))
+        tokens = tokenize_texts(self.tokenizer, texts)
         dropped = torch.rand(len(tokens), len(tokens[0]), generator=generator) < self.settings.token_dropout
-        return {"images": self._load_images(list(captions.values())), "tokens": drop_tokens(tokens, dropped)}
+        stacked = clip_preprocess(torch.stack(images).float() / 255, self.settings.resolution)
+        return {"images": stacked, "tokens": drop_tokens(tokens, dropped)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         scale = self.text.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
@@ -137,20 +159,12 @@ class CLIPPair(Task):
         }
 
     def save_model(self, folder: Path, notes: Mapping[str, Any]) -> None:
-        text = {key: value.half() for key, value in self.text.transformer.state_dict().items()}
-        known_tokens = self.text.transformer.get_input_embeddings().known_tokens
-        text[token_embedding.KNOWN_TOKENS_NAME] = torch.tensor(known_tokens)
-        settings = {**asdict(self.settings), "config": build_text_config(self.settings)}
-        metadata = native_metadata.make_native_metadata("clip_text", "SD1.5", notes, settings=settings)
-        save_file(make_contiguous(text), folder / TEXT_FILE, metadata)
+        settings = {**asdict(self.settings), "config": self._text_config}
+        save_text_encoder(self.text, folder, notes, settings)
         vision = {key: value.half() for key, value in self.vision.state_dict().items()}
         settings = {**asdict(self.settings), "config": build_vision_config(self.settings)}
         metadata = native_metadata.make_native_metadata("clip_vision", "SD1.5", notes, settings=settings)
         save_file(make_contiguous(vision), folder / VISION_FILE, metadata)
-
-    def _load_images(self, numbers: Sequence[int]) -> Tensor:
-        resolution = self.settings.resolution
-        return clip_preprocess(load_images(self.source, numbers, resolution).movedim(1, -1), resolution)
 
     def _encode_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit embeddings of the texts and of the images, [n, width] each."""
@@ -203,11 +217,11 @@ class HeadCrops:
         return alignment.convert_to_uint8(resized / 255)
 
 
-def build_text_config(settings: CLIPConfig) -> dict[str, Any]:
+def build_text_config(width: int, layers: int, num_heads: int) -> dict[str, Any]:
     """ComfyUI's config of the CLIP-L text encoder."""
     return {
-        "hidden_size": settings.width, "intermediate_size": 4 * settings.width, "num_hidden_layers": settings.layers,
-        "num_attention_heads": settings.num_heads,
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+        "num_attention_heads": num_heads,
     }  # fmt: skip
 
 
@@ -220,6 +234,15 @@ def build_vision_config(settings: CLIPConfig) -> dict[str, Any]:
         "patch_size": settings.patch, "num_channels": 3, "projection_dim": settings.width, "hidden_act": "quick_gelu",
         "model_type": "clip_vision_model",
     }  # fmt: skip
+
+
+def save_text_encoder(text_encoder: Any, folder: Path, notes: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write a text encoder; its `config` is among the settings."""
+    tensors = {key: value.half() for key, value in text_encoder.transformer.state_dict().items()}
+    known_tokens = text_encoder.transformer.get_input_embeddings().known_tokens
+    tensors[token_embedding.KNOWN_TOKENS_NAME] = torch.tensor(known_tokens)
+    metadata = native_metadata.make_native_metadata("clip_text", "SD1.5", notes, settings=settings)
+    save_file(make_contiguous(tensors), folder / TEXT_FILE, metadata)
 
 
 def list_known_tokens(tokenizer: SDTokenizer, words: Sequence[str] | None) -> Sequence[int]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy.taesd.taesd import TAESD
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data.image_source import ImageSource, load_images
@@ -19,13 +18,14 @@ from ..data.image_source import ImageSource, load_images
 IMAGES_PER_FILE = 64
 
 
-def encode_latents(autoencoder: TAESD, images: Tensor) -> Tensor:
-    """Encode images [n, 3, H, W] from 0 to 1 to latents [n, 4, H / 8, W / 8], on the images' device."""
-    return autoencoder.to(images.device).encode(images * 2 - 1)
+def encode_latents(autoencoder: nn.Module, images: Tensor) -> Tensor:
+    """Encode images [n, 3, H, W] from 0 to 1 to latents [n, c, H / 8, W / 8], on the images' device."""
+    network: Any = autoencoder.to(images.device)
+    return network.encode(images * 2 - 1)
 
 
 @torch.no_grad()
-def encode_latents_bf16(autoencoder: TAESD, images: Tensor) -> Tensor:
+def encode_latents_bf16(autoencoder: nn.Module, images: Tensor) -> Tensor:
     """The same in bfloat16 if the device supports it: several times faster there, ten times slower on other CPUs."""
     module: Any = autoencoder
     supported = images.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -33,23 +33,26 @@ def encode_latents_bf16(autoencoder: TAESD, images: Tensor) -> Tensor:
         return encode_latents(module.to(memory_format=torch.channels_last), images).float()
 
 
-def decode_latents(autoencoder: TAESD, latents: Tensor) -> Tensor:
+def decode_latents(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     """Decode latents to images [n, 3, H, W] from 0 to 1."""
-    return (autoencoder.to(latents.device).decode(latents) / 2 + 0.5).clamp(0, 1)
+    network: Any = autoencoder.to(latents.device)
+    return (network.decode(latents) / 2 + 0.5).clamp(0, 1)
 
 
-def cache_latents(source: ImageSource, vae_file: Path, autoencoder: TAESD, resolution: int, count: int) -> Tensor:
-    """The latents of a source's first `count` images, float16 [count, 4, resolution / 8, resolution / 8].
+def cache_latents(
+    source: ImageSource, vae_file: Path, autoencoder: nn.Module, resolution: int, count: int, aspect_ratio: float = 1.0
+) -> Tensor:
+    """The latents of a source's first `count` images, float16 [count, c, resolution / 8, width / 8].
 
     They are cached next to the VAE's file. The folder's name is a hash of that file and of the first and last image,
     which distinguishes sources, and a source from the same one with more images.
     """
-    ends = b"".join(source.load_image(number, resolution).contiguous().numpy().tobytes() for number in (0, count - 1))
+    ends = load_images(source, (0, count - 1), resolution, aspect_ratio).numpy().tobytes()
     digest = hashlib.sha256(vae_file.read_bytes() + ends).hexdigest()[:8]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def encode(numbers: range) -> Tensor:
-        return encode_latents_bf16(autoencoder, load_images(source, numbers, resolution).to(device))
+        return encode_latents_bf16(autoencoder, load_images(source, numbers, resolution, aspect_ratio).to(device))
 
     return cache_tensors(vae_file.parent / f"latents-{digest}-{resolution}", count, encode)
 

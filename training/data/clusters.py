@@ -20,6 +20,7 @@ class AnnotatedImage(NamedTuple):
     box: Tensor  # [4]: left, top, right, bottom of the face
     mask: Tensor  # bool [H, W], the face with its beard, without hair
     other_faces: Tensor  # [n, 7, 2], all other faces in the image: two box corners, five key points
+    detailed_captions: Sequence[str] = ()  # captions that describe the people, too
 
 
 class ClusterBatch(NamedTuple):
@@ -54,36 +55,37 @@ def make_box_mask(box: Tensor, shape: Sequence[int]) -> Tensor:
     return (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
 
 
-def crop_and_resize(sample: AnnotatedImage, resolution: int) -> AnnotatedImage:
-    """Crop to the largest square with the face as close to its center as possible, and resize to `resolution`."""
+def crop_and_resize(sample: AnnotatedImage, resolution: int, aspect_ratio: float = 1.0) -> AnnotatedImage:
+    """Crop to the largest area of this width / height, the face as near its center as possible, and resize.
+
+    `resolution` is the new height.
+    """
     height, width = sample.image.shape[:2]
-    if height == width == resolution:
+    size = (round(resolution * aspect_ratio), resolution)
+    if (width, height) == size:
         return sample
-    square = min(height, width)
+    crop_height = min(height, round(width / aspect_ratio))
+    crop_width = min(width, round(crop_height * aspect_ratio))
     center = (sample.box[:2] + sample.box[2:]) / 2
     left, top = (
-        int(min(max(float(at) + 0.5 - square / 2, 0), length - square))
-        for at, length in zip(center, (width, height), strict=True)
+        int(min(max(float(at) + 0.5 - cropped / 2, 0), length - cropped))
+        for at, cropped, length in zip(center, (crop_width, crop_height), (width, height), strict=True)
     )
-    crop = (slice(top, top + square), slice(left, left + square))
-    size = (resolution, resolution)
+    crop = (slice(top, top + crop_height), slice(left, left + crop_width))
     image = Image.fromarray(sample.image[crop].numpy()).resize(size, Image.Resampling.LANCZOS)
     mask = Image.fromarray(sample.mask[crop].numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    corner, scale = torch.tensor([left, top]) - 0.5, resolution / square
+    corner, scale = torch.tensor([left, top]) - 0.5, resolution / crop_height
     kps, box, other_faces = (
         (points - corner) * scale - 0.5 for points in (sample.kps, sample.box.view(2, 2), sample.other_faces)
     )
+    middles = other_faces[:, :2].mean(1)
+    inside = ((middles > -0.5) & (middles < torch.tensor(size) - 0.5)).all(1)
     return AnnotatedImage(
         torch.from_numpy(np.array(image)),
         sample.caption,
         kps,
         box.flatten(),
         torch.from_numpy(np.array(mask)) > 127,
-        other_faces,
+        other_faces[inside],
+        sample.detailed_captions,
     )
-
-
-def measure_smallest_face(sample: AnnotatedImage) -> float:
-    """The height in pixels of the smallest face in an image."""
-    boxes = torch.cat([sample.box.float().view(1, 2, 2), sample.other_faces[:, :2].float()])
-    return float((boxes[:, 1] - boxes[:, 0])[:, 1].min())

@@ -35,12 +35,16 @@ class ImageSource(Protocol):
 
     def load_caption(self, number: int) -> str: ...
 
-    def load_image(self, number: int, resolution: int) -> Tensor:
-        """An image, uint8 [resolution, resolution, 3]."""
+    def load_detailed_captions(self, number: int) -> Sequence[str]:
+        """Captions that describe the people, too; none if the source has no such."""
         ...
 
-    def load_annotated_image(self, number: int, resolution: int) -> AnnotatedImage:
-        """An image of `resolution` x `resolution` pixels with its face annotations."""
+    def load_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> Tensor:
+        """An image, uint8 [resolution, resolution * aspect_ratio, 3]."""
+        ...
+
+    def load_annotated_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> AnnotatedImage:
+        """The image with its face annotations."""
         ...
 
     def load_aligned_face(self, person: int, number: int) -> Tensor:
@@ -63,9 +67,10 @@ def sample_captions(source: ImageSource, generator: Generator, count: int, tries
     return found
 
 
-def load_images(source: ImageSource, numbers: Sequence[int], resolution: int) -> Tensor:
-    """Images [n, 3, resolution, resolution] from 0 to 1."""
-    return torch.stack([source.load_image(number, resolution) for number in numbers]).movedim(-1, 1).float() / 255
+def load_images(source: ImageSource, numbers: Sequence[int], resolution: int, aspect_ratio: float = 1.0) -> Tensor:
+    """Images [n, 3, resolution, resolution * aspect_ratio] from 0 to 1."""
+    images = [source.load_image(number, resolution, aspect_ratio) for number in numbers]
+    return torch.stack(images).movedim(-1, 1).float() / 255
 
 
 def make_image_grid(*rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .clusters import AnnotatedImage, crop_and_resize
 from .shards import ShardAlbum
 
 MAX_CAPTION_WORDS = 1000  # captions with more different words are free text
+NUM_SCANNED_IMAGES = 5000  # about so many images show the words of all
 
 
 class ShardSource:
@@ -26,7 +27,7 @@ class ShardSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.album = album = ShardAlbum(folder.glob("*.tar"), resolution=None)
+        self.album = album = ShardAlbum(folder.rglob("*.tar"), resolution=None)
         counts = [album.count_images(person) for person in range(len(album))]
         self._image_places = [
             (person, index) for index in range(max(counts)) for person, count in enumerate(counts) if index < count
@@ -36,12 +37,18 @@ class ShardSource:
 
     @property
     def caption_words(self) -> Sequence[str] | None:
-        """All words of the captions, or None if there are too many for a closed vocabulary. Reads every caption."""
+        """The words of the captions, of some in large data; None if there are too many for a closed vocabulary."""
         return self._caption_words
 
     @cached_property
     def _caption_words(self) -> Sequence[str] | None:
-        words = {word for number in range(len(self)) for word in re.findall(r"\w+", self.load_caption(number))}
+        numbers = range(0, len(self), max(1, len(self) // NUM_SCANNED_IMAGES))
+        captions = [
+            caption
+            for number in numbers
+            for caption in (self.load_caption(number), *self.load_detailed_captions(number))
+        ]
+        words = {word for caption in captions for word in re.findall(r"\w+", caption)}
         return sorted(words) if len(words) < MAX_CAPTION_WORDS else None
 
     def __len__(self) -> int:
@@ -62,11 +69,14 @@ class ShardSource:
     def load_caption(self, number: int) -> str:
         return self.album.read_annotation(*self._image_places[number % len(self)])["caption"]
 
-    def load_image(self, number: int, resolution: int) -> Tensor:
-        return self.load_annotated_image(number, resolution).image
+    def load_detailed_captions(self, number: int) -> Sequence[str]:
+        return self.album.read_annotation(*self._image_places[number % len(self)]).get("detailed", ())
 
-    def load_annotated_image(self, number: int, resolution: int) -> AnnotatedImage:
-        return crop_and_resize(self.load_original_image(number), resolution)
+    def load_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> Tensor:
+        return self.load_annotated_image(number, resolution, aspect_ratio).image
+
+    def load_annotated_image(self, number: int, resolution: int, aspect_ratio: float = 1.0) -> AnnotatedImage:
+        return crop_and_resize(self.load_original_image(number), resolution, aspect_ratio)
 
     def load_aligned_face(self, person: int, number: int) -> Tensor:
         person = self._people[person % len(self._people)]

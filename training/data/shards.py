@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .clusters import Album, AnnotatedImage, crop_and_resize, make_box_mask, measure_smallest_face
+from .clusters import Album, AnnotatedImage, crop_and_resize, make_box_mask
 
 JPEG_QUALITY = 95
 IMAGE_SUFFIXES, MASK_SUFFIX = ("png", "jpg", "jpeg", "webp"), "mask.png"
@@ -37,10 +37,11 @@ class ShardMember(NamedTuple):
 class ShardAlbum:
     """Uncompressed WebDataset shards with `<identity>/<n>.jpg` (or png, webp), `.json` and optionally `.mask.png`.
 
-    The JSON holds `caption`, `kps` [5][2] and `box` [4], and `others` [n][7][2] if the image shows more faces. Without
-    a mask file the mask is the box. Images of another size are cropped square around the face and resized to
-    `resolution`, unless that is None. Shards must be local files: the constructor reads their headers, and images are
-    then read by random access. Raises ValueError on shards without images, or with an image that lacks its JSON.
+    The JSON holds `caption`, `kps` [5][2] and `box` [4], `others` [n][7][2] if the image shows more faces, and
+    `detailed`, captions that describe the people, if there are some. Without a mask file the mask is the box. Images
+    of another size are cropped square around the face and resized to `resolution`, unless that is None. Shards must be
+    local files: the constructor reads their headers, and images are then read by random access. Raises ValueError on
+    shards without images, or with an image that lacks its JSON.
     """
 
     def __init__(self, shards: Iterable[Path], resolution: int | None = 128) -> None:
@@ -92,7 +93,10 @@ class ShardAlbum:
             else make_box_mask(box, image.shape)
         )
         other_faces = torch.tensor(annotation.get("others", ())).view(-1, 7, 2)
-        sample = AnnotatedImage(image, annotation["caption"], torch.tensor(annotation["kps"]), box, mask, other_faces)
+        sample = AnnotatedImage(
+            image, annotation["caption"], torch.tensor(annotation["kps"]), box, mask, other_faces,
+            annotation.get("detailed", ()),
+        )  # fmt: skip
         return sample if self.resolution is None else crop_and_resize(sample, self.resolution)
 
     def _find_members(self, identity: int, index: int) -> dict[str, ShardMember]:
@@ -136,12 +140,8 @@ def write_shard(
     images_per_person: int,
     lossless: bool = False,
     masks: bool = True,
-    min_face_height: float = 0,
 ) -> Path:
-    """Write one shard atomically; without `masks` if only the face boxes are known.
-
-    Images in which a face is less than `min_face_height` pixels high are skipped.
-    """
+    """Write one shard atomically; without `masks` if only the face boxes are known."""
     from webdataset.writer import TarWriter
 
     kind, options = ("png", {}) if lossless else ("jpeg", {"quality": JPEG_QUALITY, "subsampling": 0})
@@ -150,10 +150,9 @@ def write_shard(
         for identity in people:
             for index in range(min(images_per_person, album.count_images(identity))):
                 sample = album.load_annotated_image(identity, index)
-                if measure_smallest_face(sample) < min_face_height:
-                    continue
                 annotation = {"caption": sample.caption, "kps": sample.kps.tolist(), "box": sample.box.tolist()}
                 annotation |= {"others": sample.other_faces.tolist()} if len(sample.other_faces) else {}
+                annotation |= {"detailed": list(sample.detailed_captions)} if sample.detailed_captions else {}
                 members = {
                     kind.replace("jpeg", "jpg"): _encode_image(sample.image, kind, options),
                     "json": json.dumps(annotation).encode(),

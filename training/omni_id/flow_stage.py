@@ -103,7 +103,7 @@ class FlowStageTask(decoupled.DecoupledTask):
         return {
             **inputs, "face_crops": crops, "drop_face": torch.zeros(rows, dtype=torch.bool),
             "tokens": clip_pair.tokenize_texts(self.tokenizer, [TRAINING_PROMPT] * rows),
-            "noise": torch.randn(rows, 4, latent_size, latent_size, generator=generator),
+            "noise": torch.randn(rows, self.frozen.latent_channels, latent_size, latent_size, generator=generator),
             "timesteps": torch.randint(num_timesteps, (rows,), generator=generator),
         }  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from torch import Tensor
@@ -33,7 +34,7 @@ def find_reference_attentions(
 ) -> dict[PatchPlace, ReferenceAttention]:
     """The attentions of a model that read a reference net. Raises ValueError if the two do not belong together."""
     if reference_net.added_layers is None:
-        return _find_self_attentions(model.model.diffusion_model, reference_net.patcher.model.diffusion_model)
+        return _find_self_attentions(model.model, reference_net.patcher.model.diffusion_model)
     for term in get_injections(model):
         if isinstance(term, AddedLayersTerm) and term.patcher is reference_net.added_layers:
             return {place: ReferenceAttention(f.q, f.k, f.v, f.o, True) for place, f in term.layers.items()}
@@ -43,12 +44,13 @@ def find_reference_attentions(
     )
 
 
-def _find_self_attentions(unet: Any, reference_unet: Any) -> dict[PatchPlace, ReferenceAttention]:
+def _find_self_attentions(base: BaseModel, reference_unet: Any) -> dict[PatchPlace, ReferenceAttention]:
+    unet: Any = base.diffusion_model
     layers = list_unet_layers(unet)
     if (
         _describe_unet_layers(list_unet_layers(reference_unet)) != _describe_unet_layers(layers)
         or reference_unet.num_classes is not None
-        or reference_unet.in_channels != 4
+        or reference_unet.in_channels != base.latent_format.latent_channels
     ):
         raise ValueError(
             "got a reference net and a model of different kinds; expected two plain SD1.5 models; connect such models"

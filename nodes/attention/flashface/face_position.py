@@ -61,10 +61,11 @@ def apply_face_position(model: ModelPatcher, mask: Tensor | None, box: str) -> M
     if mask is not None and box.strip():
         raise ValueError("got a face position and a face box; expected one of them; disconnect one, or empty the other")
     channels = model.model.model_config.unet_config["in_channels"]
-    if channels != 5:
+    expected = model.model.latent_format.latent_channels + 1
+    if channels != expected:
         raise ValueError(
-            f"got a face position for a model with {channels} input channels; expected FlashFace's model, which has 5; "
-            "disconnect the face position; inpainting models take the position from their mask"
+            f"got a face position for a model with {channels} input channels; expected FlashFace's model, which has "
+            f"{expected}; disconnect the face position; inpainting models take the position from their mask"
         )
     position = parse_face_box(box) if mask is None else FacePositionMask(regions.check_mask(mask, "the face position"))
     model = model.clone()

@@ -37,7 +37,7 @@ class ReferenceAttention:
 
 @dataclass(frozen=True, eq=False)
 class ReferenceFaces:
-    """One person's faces as latents [n, 4, h, w], the order in which they are shown, and the region [B, H, W] or None.
+    """One person's faces as latents [n, c, h, w], the order in which they are shown, and the region [B, H, W] or None.
 
     `strength` scales the strength of the term for this person.
     """
