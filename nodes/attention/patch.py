@@ -156,14 +156,17 @@ class PromptHandler:
     ) -> Any:
         all_conds, batch = self.prediction.make_batch(conds)
         options = {**model_options.get(TRANSFORMER_OPTIONS, {}), PROMPT_BATCH_OPTION: batch}
-        is_stacked = len(x) > batch.num_images and (self.windows is not None or "ad_params" in options)
+        windows, num_images = self.windows, batch.num_images
+        is_stacked = num_images != len(x) and (windows is not None or "ad_params" in options)
         if is_stacked:
             options[PROMPT_BATCH_OPTION] = replace(batch, is_stacked=True)
-            x, timestep = stack_streams(x), timestep[: batch.num_images]
-        model_options = {**model_options, TRANSFORMER_OPTIONS: options, CONTEXT_HANDLER_OPTION: self.windows}
+            x, timestep = stack_streams(x), timestep[:num_images]
+        model_options = {**model_options, TRANSFORMER_OPTIONS: options, CONTEXT_HANDLER_OPTION: windows}
         args = model, all_conds, x, timestep, model_options
-        has_windows = self.windows is not None and self.windows.should_use_context(*args)
-        out = self.windows.execute(calc_cond_batch, *args) if has_windows else calc_cond_batch(*args)
+        if windows is not None and windows.should_use_context(*args):
+            out = windows.execute(calc_cond_batch, *args)
+        else:
+            out = calc_cond_batch(*args)
         out = [unstack_streams(part) for part in out] if is_stacked else out
         return self.prediction.keep_results(batch.names, out, len(conds))
 

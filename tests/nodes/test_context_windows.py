@@ -139,7 +139,7 @@ def test_every_window_schedule(schedule: str) -> None:
     changes = list_changes("mixed, own stream")[0]
     model = make_method_case("mixed, own stream").apply(**changes)
     whole = sample_latent(model, batch_size=FRAMES)
-    windows = add_windows(model, context_schedule=schedule, context_length=3, causal_window_fix=False)
+    windows = add_windows(model, context_schedule=schedule, context_length=3)
     assert all_close(sample_latent(windows, batch_size=FRAMES), whole, 1e-4)
 
 

@@ -9,7 +9,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux
 from comfyui_likeness.nodes.attention.schedule import ALWAYS_ON, NO_SCHEDULES, ResolvedSchedules, Schedule
-from support.flux_adapters import FLUX_FAMILY, apply_flux_adapter
+from support.flux_adapters import FLUX_FAMILY, HOST_PASSES_QUERIES, apply_flux_adapter
 from support.host_models import all_close, make_small_model, sample_latent
 from support.method_cases import METHODS, make_method_case
 from torch import Tensor
@@ -41,6 +41,7 @@ def test_launch_follows_the_sampled_model() -> None:
     assert not all_close(behind, sample_latent(change_sampling(case.apply(launch=900)), steps=6), 1e-3)
 
 
+@pytest.mark.skipif(not HOST_PASSES_QUERIES, reason="this ComfyUI does not pass the queries of FLUX to patches")
 def test_flux_schedules_follow_the_sampled_model() -> None:
     base, early = make_small_model(FLUX_FAMILY), {"end_percent": 0.3}
     settings = {"family": FLUX_FAMILY, "steps": 6, "cfg": 1.0, "scheduler": "simple"}
