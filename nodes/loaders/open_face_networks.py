@@ -19,8 +19,8 @@ from ...likeness.spec import Face
 
 ARCFACE_INPUT_SIZE = 112  # pixels
 YUNET_OUTPUTS = {"cls_8", "obj_8", "bbox_8", "kps_8"}
-# How insightface knows its detector, which takes images of any size, or of a fixed size well above a face's.
-INSIGHTFACE_MIN_OUTPUTS, INSIGHTFACE_MIN_INPUT_SIZE = 5, 160
+# How insightface knows its detectors, which take images of any size, or of a fixed one above that of a face crop.
+INSIGHTFACE_MIN_OUTPUTS, INSIGHTFACE_MIN_INPUT_SIZE = 5, 128
 YUNET_SCORE_THRESHOLD = 0.6
 MTCNN_MIN_FACE_SIZE = 20  # pixels of the detector's input
 MTCNN_MARGIN = 0.25  # of the second attempt on each side, relative to the detector's input

@@ -175,5 +175,5 @@ def test_no_query_sees_an_absent_person() -> None:
     assert inside[0].sum() == 32 and not inside[1].any()
     absent, present = regions.compute_visible_queries([mask, right], 8, 8)
     assert absent[0].sum() == 32 and not absent[1].any()
-    assert torch.equal(regions.repeat_for_rows(present, 2)[1], torch.ones(64, dtype=torch.bool))
+    assert torch.equal(regions.repeat_for_images(present, 2)[1], torch.ones(64, dtype=torch.bool))
     assert not regions.is_region_too_small(mask, 8, 8)
