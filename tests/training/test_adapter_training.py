@@ -18,6 +18,7 @@ from comfyui_likeness.nodes.attention.injection import Injection, RunCache
 from comfyui_likeness.nodes.attention.patch import attach_injection, training_options
 from comfyui_likeness.nodes.loaders import adapter_loader, native_models, native_vae, omni_id_loader
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
+from comfyui_likeness.nodes.loaders.insightface_networks import InsightfaceRecognizer
 from comfyui_likeness.training.adapters import decoupled, face_encoders
 from comfyui_likeness.training.adapters.adapter_task import AdapterTask
 from comfyui_likeness.training.base_models import clip_pair, unet
@@ -98,7 +99,7 @@ def encode_identity(task: AdapterTask[Any], sample: AnnotatedImage) -> Identity:
         from insightface.model_zoo import get_model
 
         network = get_model(str(reader.file), providers=["CPUExecutionProvider"])
-        analyzer = FaceAnalyzer("arcface.demo", reader.hash, None, network)
+        analyzer = FaceAnalyzer("arcface.demo", reader.hash, None, InsightfaceRecognizer(network))
         vectors, hashes = encode.embed_faces([selected], analyzer)
         return replace(identity, embeddings=vectors, hashes=hashes)
     if isinstance(reader, face_encoders.CLIPVisionReader):

@@ -52,7 +52,7 @@ def test_insightface_runs_the_detector(tmp_path: Path, models: Path, monkeypatch
     (trained / face_detector.DETECTOR_FILE).rename(models / "buffalo_l" / face_detector.DETECTOR_FILE)
     analyzer, report = face_analyzer.load_face_analyzer("buffalo_l", "cpu")
     assert face_detector.DETECTOR_FILE in report
-    analyzer.detector.det_thresh = LOW_THRESHOLD
+    analyzer.detector.model.det_thresh = LOW_THRESHOLD
     view = DISC_WORLD.load_annotated_image(3, face_detector.INPUT_SIZE)
     with torch.no_grad():
         expected = made[0].eval().find_faces(face_detector.normalize_images([view]))[0][0]
@@ -65,7 +65,7 @@ def test_insightface_runs_the_detector(tmp_path: Path, models: Path, monkeypatch
     assert search.attempts == ("640",)
     assert min(float((face.box / 4 - expected[:2].flatten()).abs().max()) for face in search.faces) < 2
     weights = sum(value.numel() for value in made[0].parameters())
-    assert Path(analyzer.detector.model_file).stat().st_size < 2.2 * weights + 40000
+    assert Path(analyzer.detector.model.model_file).stat().st_size < 2.2 * weights + 40000
 
 
 def test_the_shipped_width_is_small() -> None:

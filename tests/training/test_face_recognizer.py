@@ -29,14 +29,14 @@ def test_insightface_runs_the_recognizer(network: str, tmp_path: Path, models: P
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     (trained / "recogniser.onnx").rename(models / "buffalo_l" / "w600k_r50.onnx")
     found, report = face_analyzer.load_face_analyzer("buffalo_l", "cpu")
-    assert found.recognizer.input_mean == found.recognizer.input_std == 127.5 and "recognizer" in report
+    assert found.recognizer.model.input_mean == found.recognizer.model.input_std == 127.5 and "recognizer" in report
     face = DISC_WORLD.load_aligned_face(2, 7)
     with torch.no_grad():
         expected = made[0].eval().network(face_recognizer.normalize_faces([face]))[0]
-    seen = torch.from_numpy(found.recognizer.get_feat(face.flip(-1).contiguous().numpy()))[0]
+    seen = torch.from_numpy(found.recognizer.model.get_feat(face.flip(-1).contiguous().numpy()))[0]
     assert seen.shape == (512,) and (seen - expected).norm() < 0.01 * expected.norm()
     weights = sum(value.numel() for value in made[0].network.parameters())
-    assert Path(found.recognizer.model_file).stat().st_size < 2.2 * weights + 20000
+    assert Path(found.recognizer.model.model_file).stat().st_size < 2.2 * weights + 20000
 
 
 def test_augmented_faces_are_warped_blurred_and_jittered() -> None:

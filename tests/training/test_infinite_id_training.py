@@ -18,6 +18,7 @@ from comfyui_likeness.nodes.attention import apply_mixed
 from comfyui_likeness.nodes.attention.patch import attach_injection, training_options
 from comfyui_likeness.nodes.loaders import adapter_loader, native_models
 from comfyui_likeness.nodes.loaders.face_analyzer import FaceAnalyzer
+from comfyui_likeness.nodes.loaders.insightface_networks import InsightfaceRecognizer
 from comfyui_likeness.tools.standins import models
 from comfyui_likeness.training.adapters import face_encoders, infinite_id
 from comfyui_likeness.training.adapters.infinite_id import InfiniteIDTask
@@ -123,8 +124,8 @@ def encode_identity(task: InfiniteIDTask, number: int) -> Identity:
 
     sample, face_reader = task.source.load_original_image(number), task.reader.face_reader
     selected, heads = base_stack.make_selected_face(sample), shard_source.crop_head(sample)[None]
-    network = get_model(str(face_reader.file), providers=["CPUExecutionProvider"])
-    vectors, hashes = encode.embed_faces([selected], FaceAnalyzer("arcface.demo", face_reader.hash, None, network))
+    recognizer = InsightfaceRecognizer(get_model(str(face_reader.file), providers=["CPUExecutionProvider"]))
+    vectors, hashes = encode.embed_faces([selected], FaceAnalyzer("arcface.demo", face_reader.hash, None, recognizer))
     tower = encode.ClipVisionEncoder(face_encoders.load_clip_vision_file(Path(task.settings.vision)))
     features = encode.encode_image_features([selected], heads, tower, True)
     return Identity(
