@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention_map, encode, evaluate, identity, measure, people, prompt, schedule
+from . import attention_map, encode, evaluate, host_contract, identity, measure, people, prompt, schedule
 from .attention import apply_decoupled, apply_fused, apply_mixed
 from .attention.flashface import apply_reference
 from .loaders import (
@@ -29,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [node for stage in STAGE_MODULES for node in s
 
 class LikenessExtension(ComfyExtension):
     async def on_load(self) -> None:
+        host_contract.warn_about_mismatches()
         files.register_model_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
