@@ -48,8 +48,8 @@ def load_adapter_file(file: str, variant: str = "auto") -> tuple[types.LoadedAda
     path = files.find_model_file(file, *ADAPTER_FOLDERS)
     metadata, tensors = files.read_native_metadata(path), files.load_weights(path, file_kinds.ADAPTER)
     if metadata is not None:
-        kind = metadata.get("kind")
-        if str(kind) not in NATIVE_LOADERS:
+        kind = str(metadata.get("kind"))
+        if kind not in NATIVE_LOADERS:
             raise ValueError(
                 f"got {file}, a native file of kind {kind!r}; expected {', '.join(NATIVE_LOADERS)}; it may need a "
                 "newer version of the pack"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from comfy.clip_model import clip_preprocess
 from comfyui_likeness.likeness.checkpoints import key_maps
 from comfyui_likeness.likeness.methods import omni_id
 from comfyui_likeness.likeness.spec import OmniIDSpec
-from comfyui_likeness.nodes.loaders import vision_towers
+from comfyui_likeness.nodes.loaders import omni_id_loader, vision_towers
+from safetensors.torch import save_file
 from support import omni_id_encoders
 from support.golden import assert_close
 from support.omni_id_encoders import SMALL_SPEC, encode_face_images, make_face_images, make_omni_id_encoder
@@ -353,3 +356,19 @@ def test_weights_are_not_copied() -> None:
     assert state_dict.keys() == tensors.keys()
     assert all(state_dict[key].data_ptr() == value.data_ptr() for key, value in tensors.items())
     assert set(key_maps.select_prefix(tensors, "trunk.")) == set(make_omni_id_encoder().trunk.state_dict())
+
+
+def test_the_file_says_how_many_heads_its_trunk_has(folder: Path) -> None:
+    """Older files do not, and have those of published towers; a trunk of another width is refused."""
+    file = omni_id_encoders.write_encoder_file(folder / "likeness" / "omni.safetensors")
+    trunk: Any = omni_id_loader.load_omni_id_encoder(file.name).patcher.model.trunk
+    assert {block.attn.num_heads for block in trunk.transformer.resblocks} == {2}
+    spec, metadata = omni_id_encoders.SMALL_SPEC, omni_id_encoders.make_encoder_metadata()
+    del metadata["trunk_heads"]
+    for width in (128, 64):
+        tensors = omni_id_encoders.make_encoder_tensors(replace(spec, trunk_width=width))
+        save_file(tensors, folder / "likeness" / f"{width}.safetensors", {"likeness": json.dumps(metadata)})
+    older: Any = omni_id_loader.load_omni_id_encoder("128.safetensors").patcher.model.trunk
+    assert {block.attn.num_heads for block in older.transformer.resblocks} == {4}
+    with pytest.raises(ValueError, match="got 64.safetensors, of width 64, whose number of attention heads"):
+        omni_id_loader.load_omni_id_encoder("64.safetensors")

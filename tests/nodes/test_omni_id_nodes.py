@@ -250,21 +250,6 @@ def test_incomplete_files_are_refused(folder: Path, how: str) -> None:
         omni_id_loader.load_omni_id_encoder(FILE)
 
 
-def test_the_file_says_how_many_heads_its_trunk_has(folder: Path, file: Path) -> None:
-    """Older files do not, and have those of published towers; a trunk of another width is refused."""
-    trunk: Any = omni_id_loader.load_omni_id_encoder(file.name).patcher.model.trunk
-    assert {block.attn.num_heads for block in trunk.transformer.resblocks} == {2}
-    spec, metadata = omni_id_encoders.SMALL_SPEC, omni_id_encoders.make_encoder_metadata()
-    del metadata["trunk_heads"]
-    for width in (128, 64):
-        tensors = omni_id_encoders.make_encoder_tensors(replace(spec, trunk_width=width))
-        save_file(tensors, folder / "likeness" / f"{width}.safetensors", {"likeness": json.dumps(metadata)})
-    older: Any = omni_id_loader.load_omni_id_encoder("128.safetensors").patcher.model.trunk
-    assert {block.attn.num_heads for block in older.transformer.resblocks} == {4}
-    with pytest.raises(ValueError, match="got 64.safetensors, of width 64, whose number of attention heads"):
-        omni_id_loader.load_omni_id_encoder("64.safetensors")
-
-
 def test_foreign_and_damaged_files_are_refused(file: Path) -> None:
     data = file.read_bytes()
     save_file(make_ip_adapter_tensors("image"), file.with_name("ip-adapter.safetensors"))
