@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .injection import Injection, PatchPlace
-from .slots import CallState, OuterPatch, add_terms, get_call_state, get_layer_tensors
+from .slots import CallState, OuterPatch, add_terms, exclude_from_compile, get_call_state, get_layer_tensors
 
 # Names of places.
 FLUX_IMAGE_ATTENTION = "flux_image_attention"  # added to the attention's output for the image, before the projection
@@ -27,7 +27,7 @@ FLUX_BLOCK_STREAM = "flux_block_stream"  # computed from the stream behind the b
 TOKEN_GRID_OPTION = "likeness_token_grid"  # in the options of FLUX: height and width of the image in tokens
 
 
-@torch.compiler.disable
+@exclude_from_compile
 def keep_queries(q: Tensor, k: Tensor, v: Tensor, *, extra_options: dict[str, Any], **_: Any) -> dict[str, Tensor]:
     """Keep the queries of a FLUX block for the terms behind its attention and behind the block."""
     get_layer_tensors(extra_options).flux_queries = q
@@ -40,7 +40,7 @@ class FluxAttentionPatch:
 
     injections: tuple[Injection, ...]
 
-    @torch.compiler.disable
+    @exclude_from_compile
     def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
         call_state = get_call_state(options)
         block, text_tokens = (options["block_type"], options["block_index"]), options["img_slice"][0]
@@ -77,7 +77,7 @@ class FluxBlockPatch(OuterPatch):
         return get_layer_tensors(options).run_patch((self.block, self.injections), run_previous, act)
 
 
-@torch.compiler.disable
+@exclude_from_compile
 def add_stream_terms(
     block: tuple[str, int], injections: Sequence[Injection], img: Tensor, options: dict[str, Any]
 ) -> Tensor:

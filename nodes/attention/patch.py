@@ -26,7 +26,7 @@ from .model_call import ModelCall
 from .patch_installation import PatchInstaller
 from .prompt_batch import NO_PROMPTS, Prediction, PromptBatch
 from .schedule import NO_SCHEDULES, ResolvedSchedules
-from .slots import LIKENESS_KEY, ActiveInjection, CallState
+from .slots import LIKENESS_KEY, ActiveInjection, CallState, exclude_from_compile
 from .text_stream import (
     NO_TEXT_STREAM,
     OWN_TEXT_STREAM,
@@ -264,7 +264,7 @@ class ModelWrappers:
         out = executor(*args, **kwargs)
         return remove_shared_rows(out, rows_per_chunk) if self.text_stream == SHARED_TEXT_STREAM else out
 
-    @torch.compiler.disable  # what it decides changes from step to step
+    @exclude_from_compile
     def _prepare_call(
         self, diffusion_model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], int]:

@@ -112,8 +112,9 @@ class PatchInstaller:
         for (kind, index), injections in self._blocks.items():
             key = f"{kind}_block", index
             found = standing.get("dit", {}).get(key)
-            replaced = found.replaced if isinstance(found, FluxBlockPatch) else found
-            if found is replaced or found.injections != injections:
+            own = found if isinstance(found, FluxBlockPatch) else None
+            replaced = found if own is None else own.replaced
+            if own is None or own.injections != injections:
                 yield "dit", key, FluxBlockPatch((kind, index), self.get_block_options, replaced, injections)
 
     def _make_slot(
@@ -122,7 +123,8 @@ class PatchInstaller:
         exact_key = (*place.block, place.depth)  # ComfyUI looks for it first
         key = exact_key if exact_key in standing else place.patch_key
         found = standing.get(key)
-        replaced = found.replaced if isinstance(found, AttentionSlot) else found
+        own = found if isinstance(found, AttentionSlot) else None
+        replaced = found if own is None else own.replaced
         block_patch = None if key == place.block else standing.get(place.block)
-        if found is replaced or found.block_patch is not block_patch or found.injections != injections:
+        if own is None or own.block_patch is not block_patch or own.injections != injections:
             yield place.name, key, AttentionSlot(place, self.backend, replaced, injections, block_patch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -30,8 +30,15 @@ LIKENESS_KEY = "likeness"  # in the options of a model call: its CallState
 
 PACKAGE_NAME = __name__.partition(".nodes.")[0]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 AttentionReplacement = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, dict[str, Any], Tensor | None], Tensor]
+
+
+def exclude_from_compile(function: Function) -> Function:
+    """Keep a function out of compiled models, as what it decides changes from step to step."""
+    excluded: Any = torch.compiler.disable(function)
+    return excluded
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ class AttentionSlot(OuterPatch):
     def previous(self) -> AttentionReplacement | None:
         return self.block_patch if self.replaced is None else self.replaced
 
-    @torch.compiler.disable
+    @exclude_from_compile
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         call_state = get_call_state(options)
         layer, previous = call_state.layer, self.previous
@@ -295,7 +302,7 @@ class Attn1OutputPatch:
         places = (place for injection in self.injections for place in injection.places)
         return {(place.block, place.depth): place for place in places if place.name == ATTN1_OUTPUT}
 
-    @torch.compiler.disable
+    @exclude_from_compile
     def __call__(self, n: Tensor, options: dict[str, Any]) -> Tensor:
         place, call_state = self._places.get((options["block"], options.get("block_index", 0))), get_call_state(options)
         if place is None or not call_state.is_any_on(self.injections, place):
@@ -311,7 +318,7 @@ class Attn1OutputPatch:
         return self
 
 
-@torch.compiler.disable
+@exclude_from_compile
 def keep_attention_input(
     n: Tensor, context: Tensor, value: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
