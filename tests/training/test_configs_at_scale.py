@@ -59,7 +59,7 @@ def test_the_demo_unet_has_the_attentions_of_sd15() -> None:
     assert names == [
         name.removesuffix(".to_q.weight") for name in list_sd15_shapes() if name.endswith("attn2.to_q.weight")
     ]
-    assert 8e6 < weights < 20e6
+    assert 8e6 < weights < 10e6
 
 
 def test_the_demos_vision_tower_is_known_to_the_nodes() -> None:
